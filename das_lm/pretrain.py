@@ -67,7 +67,7 @@ class Stage:
         return self.directory.is_dir() and broken_file(self.directory) is None
 
 
-def continual_pretrain(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> Results:
+def continual_pretrain(recipe: Recipe, resume: bool = False, overwrite: bool = False, halves: bool = False) -> Results:
     """
     Take a model through the domains of a recipe, one after the other, and measure after each what it learned and lost.
 
@@ -76,6 +76,8 @@ def continual_pretrain(recipe: Recipe, resume: bool = False, overwrite: bool = F
         resume: go on with the run in the recipe's output directory: finished domains are not repeated, an interrupted
             one goes on at its newest checkpoint, with the result of an uninterrupted run.
         overwrite: remove what an earlier run left in the output directory.
+        halves: the curves during training are measured on one half of the held-out documents, so that something can
+            be chosen by them, and the result matrix on the other.
 
     Returns:
         the result matrix and its figures, as in `forgetting.json`.
@@ -95,7 +97,7 @@ def continual_pretrain(recipe: Recipe, resume: bool = False, overwrite: bool = F
     try:
         with state.main_process_first():
             text, tokenizer = _load_text(recipe, console), _load_tokenizer(recipe)
-        return _walk(recipe, output, overwrite, text, tokenizer, state, console)
+        return _walk(recipe, output, overwrite, halves, text, tokenizer, state, console)
     except (OSError, SafetensorError, RuntimeError) as error:
         if _is_about_disk(error):
             raise UserError(
@@ -108,12 +110,13 @@ def _walk(
     recipe: Recipe,
     output: Path,
     overwrite: bool,
+    halves: bool,
     text: dict[str, Documents],
     tokenizer: Any,
     state: PartialState,
     console: Console,
 ) -> Results:
-    stages = _stages(recipe, output)
+    stages = stages_of(recipe, output)
     learned = {domain.name: index for index, stage in enumerate(stages, 1) for domain in stage.domains}
     domains = {domain.name: learned.get(domain.name) for domain in [*recipe.measure, *recipe.domains]}
     args = recipe.training_arguments(None, str(output))
@@ -125,7 +128,7 @@ def _walk(
             for name in domains
         }
     development = None
-    if args.interpolation_alpha == "auto" and "interpolate" in recipe.method:
+    if halves or (args.interpolation_alpha == "auto" and "interpolate" in recipe.method):
         development = {name: one.half(0) for name, one in held_out.items()}
         held_out = {name: one.half(1) for name, one in held_out.items()}
     needs_earlier = any(METHODS[name].needs_earlier_domains for name in recipe.method)
@@ -146,7 +149,7 @@ def _walk(
                 data_seed(args),
                 "interleaved" if needs_earlier else recipe.schedule,
             ),
-            eval_dataset=held_out,
+            eval_dataset=development if halves else held_out,
             processing_class=tokenizer,
             domain=stage.name,
             development_dataset=development,
@@ -161,7 +164,7 @@ def _walk(
         with TemporaryDirectory() as scratch:
             model = load_model(_model_path(recipe), recipe)
             trainers = [make_trainer(model, stage, Path(scratch)) for stage in stages]
-            results.stages.append(_measure(trainers[0], results, "base", console))
+            results.stages.append(_measure(trainers[0], held_out, results, "base", console))
         if state.is_main_process:
             _open_output(output, recipe, overwrite)
             results.save(output)
@@ -184,7 +187,7 @@ def _walk(
             _save(trainer, stage.directory)
             seconds = round(time.perf_counter() - started, 1)
         facts = {**json.loads((stage.directory / STATE_NAME).read_text(encoding="utf-8")), "seconds": seconds}
-        results.stages.append(_measure(trainer, results, stage.name, console, facts))
+        results.stages.append(_measure(trainer, held_out, results, stage.name, console, facts))
         if state.is_main_process:
             results.save(output)
         source = stage.directory
@@ -197,10 +200,15 @@ def _walk(
 
 
 def _measure(
-    trainer: ContinualTrainer, results: Results, name: str, console: Console, facts: dict[str, Any] | None = None
+    trainer: ContinualTrainer,
+    held_out: dict[str, HeldOutWindows],
+    results: Results,
+    name: str,
+    console: Console,
+    facts: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """A row of the result matrix."""
-    metrics = trainer.evaluate()
+    metrics = trainer.evaluate(held_out)
     scores = {
         domain: {key: metrics[f"eval_{domain}_{key}"] for key in ("loss", "accuracy", "tokens", "documents")}
         for domain in results.domains
@@ -234,7 +242,8 @@ def _save(trainer: ContinualTrainer, directory: Path) -> None:
     trainer.accelerator.wait_for_everyone()
 
 
-def _stages(recipe: Recipe, output: Path) -> list[Stage]:
+def stages_of(recipe: Recipe, output: Path) -> list[Stage]:
+    """What is learned together, in its order: one domain, unless the schedule mixes them."""
     if recipe.schedule == "sequential":
         return [
             Stage(domain.name, [domain], output / f"{index}-{domain.name}")

@@ -2,10 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from das_lm import continual_pretrain, load_recipe
 from das_lm.evaluation.forgetting import Results
 from das_lm.methods import METHODS
 from das_lm.trainer import ContinualTrainer
@@ -92,6 +94,31 @@ def test_a_chosen_alpha_is_reported_on_the_other_half(world, tmp_path):  # noqa:
         assert here == there // 2
     assert all(0 <= stage["interpolation_alpha"] <= 1 for stage in chosen["stages"][1:])
     assert fixed["stages"][1]["interpolation_alpha"] == 0.5
+
+
+def test_the_halves_of_a_search_are_the_whole(world, tmp_path):  # noqa: F811
+    """Curves on one half of the held-out documents, the matrix on the other: together what a plain run measures."""
+    overrides = {"training": {"eval_strategy": "steps", "eval_steps": 4}, "method": "naive"}
+
+    def walk(name: str, **options: bool) -> Results:
+        recipe = load_recipe(world / "recipe.yaml", {**overrides, "output_dir": str(tmp_path / name)})
+        return continual_pretrain(recipe, **options)
+
+    here, whole = (results.stages[-1]["scores"] for results in (walk("halves", halves=True), walk("whole")))
+    history = json.loads((tmp_path / "halves" / "2-cs" / "trainer_state.json").read_text())["log_history"]
+    curve = {key: value for entry in history for key, value in entry.items() if key.startswith("eval_")}
+    for domain, score in whole.items():
+        parts = [(curve[f"eval_{domain}_{key}"], here[domain][key]) for key in ("loss", "tokens", "documents")]
+        losses, tokens, documents = map(np.array, parts)
+        assert losses @ tokens / tokens.sum() == pytest.approx(score["loss"], rel=1e-5)
+        assert documents.sum() == score["documents"] and documents.min() > 0
+
+
+def test_one_document_cannot_be_halved(world, tmp_path, capsys):  # noqa: F811
+    (tmp_path / "one.txt").write_text("w1 w2 w3 w4 w5 w6 w7 w8 w9 w10 w11 w12")
+    options = ["--method", "interpolate", "--interpolation_alpha", "auto", "--measure", f"one={tmp_path}/one.txt"]
+    assert _run(world, tmp_path / "run", *options) == 2
+    assert "cannot be halved" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("method", [name for name, kind in METHODS.items() if kind.needs_domain_ends])

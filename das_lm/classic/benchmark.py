@@ -54,16 +54,16 @@ GRIDS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "l2": ("penalty_weight", (1e-3, 1e-2, 1e-1, 1.0, 10.0)),
     "ewc": ("penalty_weight", (1.0, 10.0, 100.0, 1e3, 1e4)),
     "mas": ("penalty_weight", (1e-3, 1e-2, 1e-1, 1.0, 10.0)),
-    "si": ("penalty_weight", (1e-1, 1.0, 10.0, 100.0, 1e3)),
+    "si": ("penalty_weight", (1.0, 10.0, 100.0, 1e3, 1e4)),
     "rwalk": ("penalty_weight", (1e-1, 1.0, 10.0, 100.0, 1e3)),
     "scp": ("penalty_weight", (1e-1, 1.0, 10.0, 100.0, 1e3)),
-    "replay": ("replay_ratio", (0.1, 0.25, 0.5)),
+    "replay": ("replay_ratio", (0.1, 0.25, 0.5, 0.75)),
     "lwf": ("lwf_weight", (0.1, 0.3, 1.0, 3.0, 10.0)),
     "interpolate": ("interpolation_alpha", ("0.3", "0.5", "0.7", "0.9")),
     "ema": ("ema_decay", (0.9, 0.99, 0.997, 0.999)),
-    "gem": ("gem_margin", (0.0, 0.5)),
+    "gem": ("gem_margin", (0.0, 0.5, 1.0, 2.0)),
     "spg": ("soft_mask_strength", (0.25, 0.5, 0.75, 1.0)),
-    "ncl": ("ncl_radius", (0.1, 0.3, 1.0, 3.0, 10.0)),
+    "ncl": ("ncl_radius", (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)),
 }
 #: Of every run, where nothing else is given: Adam at a constant learning rate, no decay, no clipping.
 DEFAULTS: dict[str, Any] = {

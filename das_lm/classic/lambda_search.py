@@ -909,9 +909,10 @@ def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
 
 def recipe_objective(recipe: Recipe, method: str, directory: str | Path) -> Objective:
     """
-    λ of a recipe's walk: the held-out loss at every `eval_steps` (by default five times per domain) and so at its end,
-    of every domain that is learned, since it was introduced. Text that is only measured does not count. The base model
-    is measured, and the first domain learned, once per trial.
+    λ of a recipe's walk: the loss at every `eval_steps` (by default five times per domain) and so at its end, of every
+    domain that is learned, since it was introduced, on one half of its held-out documents. The other half is measured
+    when all is learned, and plays no part in the search; nor does text that is only measured. The base model is
+    measured, and the first domain learned, once per trial.
 
     Args:
         recipe: the walk; its method is replaced.
@@ -944,12 +945,12 @@ class _RecipeTrial:
 
     def __call__(self, weight: float) -> dict[str, Any]:
         from das_lm.evaluation.forgetting import Results
-        from das_lm.pretrain import RECIPE_NAME, _stages, continual_pretrain
+        from das_lm.pretrain import RECIPE_NAME, continual_pretrain, stages_of
 
         output = self.directory / f"lambda-{weight!r}"
         training = {**self.recipe.training, "penalty_weight": weight}
         recipe = replace(self.recipe, training=training, output_dir=str(output))
-        stages, shared = _stages(recipe, output), self.directory / "first"
+        stages, shared = stages_of(recipe, output), self.directory / "first"
         first = shared / stages[0].directory.name
         if (output / "forgetting.json").is_file() and len(Results.load(output).stages) > len(stages):
             shutil.rmtree(output)  # finished and then killed, perhaps with its weights already gone
@@ -963,7 +964,7 @@ class _RecipeTrial:
         output.mkdir(parents=True, exist_ok=True)
         with open(f"{output}.log", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
             try:
-                results = continual_pretrain(recipe, resume=(output / RECIPE_NAME).is_file())
+                results = continual_pretrain(recipe, resume=(output / RECIPE_NAME).is_file(), halves=True)
             except UserError as error:
                 return _diverged(error)
         if not (shared / "forgetting.json").is_file():
@@ -988,5 +989,6 @@ class _RecipeTrial:
                 stage.directory.unlink()
             else:
                 shutil.rmtree(stage.directory)
-        scores = {name: results.stages[-1]["scores"][name]["loss"] for name in results.domains}
-        return {"measure": integrated_loss(list(curves.values())), "curves": curves, "final_loss": scores}
+        last = results.stages[-1]["scores"]
+        test = {stage.name: {kind: last[stage.name][kind] for kind in results.measures} for stage in stages}
+        return {"measure": integrated_loss(list(curves.values())), "curves": curves, "test": test}

@@ -201,8 +201,14 @@ class HeldOutWindows(Dataset):
         self._order = np.argsort(-lengths, kind="stable").tolist()
 
     def half(self, which: int) -> HeldOutWindows:
-        """Every second document: 0, what something is chosen by; 1, what is then reported."""
+        """Every second document: 0, what something is chosen by; 1, what is then reported.
+
+        Raises:
+            UserError: there is one document.
+        """
         documents = np.asarray(self.windows["document"])
+        if documents.max() == 0:
+            raise UserError("a single held-out document cannot be halved, to choose by one half: give two or more")
         chosen = self.windows.with_format(None).select(np.flatnonzero(documents % 2 == which))
         renumbered = chosen.remove_columns("document").add_column(
             "document", (np.asarray(chosen["document"]) // 2).tolist()

@@ -398,7 +398,10 @@ def test_a_recipe(tmp_path):
     assert [len(curve) for curve in nothing["curves"].values()] == [10, 5]
     assert nothing["curves"]["bio"][:5] == some["curves"]["bio"][:5]
     assert nothing["curves"]["bio"][5:] != some["curves"]["bio"][5:]
-    assert set(nothing["final_loss"]) == {"old", "bio", "cs"}
+    assert {name: set(scores) for name, scores in nothing["test"].items()} == dict.fromkeys(
+        ("bio", "cs"), {"loss", "accuracy"}
+    )
+    assert nothing["test"]["cs"]["loss"] != nothing["curves"]["cs"][-1]  # on the half that chose nothing
     assert recipe_objective(recipe, "ewc", tmp_path / "other")(1)(1e4) == some  # not shared, the same
     assert not list((tmp_path / f"seed-1/lambda-{1e4}").glob("*-*/*.safetensors"))
 

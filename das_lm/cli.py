@@ -25,7 +25,7 @@ commands:
 
 @dataclasses.dataclass
 class RecipeOptions:
-    """Options of ``das-lm pretrain`` that are no training arguments; the defaults are the recipe's."""
+    """What goes before a recipe and is no training argument; the defaults are the recipe's."""
 
     _argument_group_name = "recipe"
 
@@ -55,9 +55,6 @@ class RecipeOptions:
     text_column: str | None = dataclasses.field(
         default=None, metadata={"help": "Column of the text in DATA. The default is 'text'."}
     )
-    method: list[str] | None = dataclasses.field(
-        default=None, metadata={"help": "Continual-learning method, one or several."}
-    )
     schedule: str | None = dataclasses.field(
         default=None, metadata={"help": "sequential, alternating or interleaved."}
     )
@@ -70,6 +67,15 @@ class RecipeOptions:
     trust_remote_code: bool = dataclasses.field(
         default=False, metadata={"help": "Run the code that comes with a model of the hub."}
     )
+
+
+@dataclasses.dataclass
+class PretrainOptions(RecipeOptions):
+    """Options of ``das-lm pretrain`` that are no training arguments."""
+
+    method: list[str] | None = dataclasses.field(
+        default=None, metadata={"help": "Continual-learning method, one or several."}
+    )
     resume: bool = dataclasses.field(
         default=False, metadata={"help": "Continue the run in output_dir where it was interrupted."}
     )
@@ -78,6 +84,91 @@ class RecipeOptions:
     )
     print_recipe: bool = dataclasses.field(
         default=False, metadata={"help": "Print the recipe with all that is given here, and stop."}
+    )
+
+
+@dataclasses.dataclass
+class SweepOptions(RecipeOptions):
+    """Options of ``das-lm sweep`` that are no training arguments."""
+
+    sweep: list[str] | None = dataclasses.field(
+        default=None,
+        metadata={
+            "action": "extend",
+            "metavar": "'METHOD: KEY=VALUE,VALUE'",
+            "help": "Run a method (several: naive,das; together: das+replay) with every value of a training argument, "
+            "and with every combination of several; repeatable. Required.",
+        },
+    )
+    seeds: list[int] | None = dataclasses.field(
+        default=None, metadata={"help": "Seeds of every configuration (default: 0 1 2)."}
+    )
+    keep_models: bool = dataclasses.field(
+        default=False,
+        metadata={"help": "Keep the checkpoints; without, a finished run keeps its results and its recipe."},
+    )
+
+
+@dataclasses.dataclass
+class EvaluateOptions:
+    """Options of ``das-lm evaluate`` that are no training arguments."""
+
+    _argument_group_name = "evaluation"
+
+    run: str | None = dataclasses.field(default=None, metadata={"help": "Output directory of das-lm pretrain."})
+    checkpoint: list[str] | None = dataclasses.field(
+        default=None,
+        metadata={
+            "action": "extend",
+            "metavar": "NAME=PATH",
+            "help": "Instead of --run: checkpoints in the order in which they were trained, the base model first. "
+            "What has the name of a domain has learned it.",
+        },
+    )
+    domain: list[str] | None = dataclasses.field(
+        default=None,
+        metadata={
+            "action": "extend",
+            "metavar": "NAME[=DATA]",
+            "help": "Held-out text; with --run, beside that of the run. DATA is a path or glob, several with commas, "
+            "or hub:ORGANISATION/NAME; without it, the built-in domain.",
+        },
+    )
+    cloze: list[str] | None = dataclasses.field(
+        default=None,
+        metadata={
+            "action": "extend",
+            "metavar": "NAME[=FILE]",
+            "help": "Cloze questions: JSON lines with 'text', in which ___ is the blank, 'answer', and perhaps "
+            "'choices'; without a file, those about the built-in domain.",
+        },
+    )
+    end_task: list[str] | None = dataclasses.field(
+        default=None,
+        metadata={
+            "action": "extend",
+            "metavar": "NAME=DATA",
+            "help": "Fine-tune a classifier from every checkpoint: a directory with train, dev and test as .jsonl or "
+            ".csv with 'text' and 'label', or hub:ORGANISATION/NAME. A NAME such as bio or bio.chemprot belongs to "
+            "the domain bio.",
+        },
+    )
+    end_task_seeds: list[int] | None = dataclasses.field(
+        default=None, metadata={"help": "One fine-tuning each (default: 0 1 2 3 4)."}
+    )
+    end_task_epochs: int = dataclasses.field(default=10, metadata={"help": "Passes over the labelled text."})
+    end_task_learning_rate: float = dataclasses.field(default=3e-5, metadata={"help": "Of AdamW."})
+    end_task_batch_size: int = dataclasses.field(default=16, metadata={"help": "Rows per step."})
+    end_task_max_train: int | None = dataclasses.field(default=None, metadata={"help": "Use this many rows only."})
+    pseudo_perplexity: int = dataclasses.field(
+        default=0,
+        metadata={"help": "Measure this many documents of every domain with one mask at a time, too (slow)."},
+    )
+    output_dir: str | None = dataclasses.field(
+        default=None, metadata={"help": "Directory of the results (default: that of --run)."}
+    )
+    trust_remote_code: bool = dataclasses.field(
+        default=False, metadata={"help": "Run the code that comes with a model of the hub."}
     )
 
 
@@ -282,23 +373,18 @@ def search_lambda(arguments: list[str]) -> None:
 def pretrain(arguments: list[str]) -> None:
     """Learn the domains of a recipe one after the other."""
     options = _parse_training(
-        RecipeOptions,
+        PretrainOptions,
         arguments,
         prog="das-lm pretrain",
         usage="%(prog)s --recipe NAME_OR_PATH [OPTION …]",
         description="Learn the domains of a recipe one after the other. What is given here goes before the recipe.",
     )
-    from das_lm.recipe import load_recipe, recipes
+    from das_lm.recipe import load_recipe
 
-    if "recipe" not in options:
-        raise UserError(f"--recipe is missing; give the path of a .yaml file or one of {', '.join(sorted(recipes()))}")
-    name = options.pop("recipe")
     resume, overwrite, print_only = (
         options.pop(key, False) for key in ("resume", "overwrite_output_dir", "print_recipe")
     )
-    ours = {field.name for field in dataclasses.fields(RecipeOptions)}
-    overrides = {key: value for key, value in options.items() if key in ours}
-    overrides["training"] = {key: value for key, value in options.items() if key not in ours}
+    name, overrides = _recipe_and_overrides(PretrainOptions, options)
     recipe = load_recipe(name, overrides, check_device=not print_only)
     if print_only:
         print(recipe.to_yaml(), end="")
@@ -307,6 +393,68 @@ def pretrain(arguments: list[str]) -> None:
     from das_lm.pretrain import continual_pretrain
 
     continual_pretrain(recipe, resume=resume, overwrite=overwrite)
+
+
+def sweep(arguments: list[str]) -> None:
+    """Run one recipe with several methods, values and seeds, and compare."""
+    options = _parse_training(
+        SweepOptions,
+        arguments,
+        prog="das-lm sweep",
+        usage="%(prog)s --recipe NAME_OR_PATH --sweep 'METHOD: KEY=VALUE,VALUE' --output_dir DIRECTORY [OPTION …]",
+        description="Run one recipe with several methods, values of their training arguments, and seeds, and compare "
+        "them; as in --sweep 'naive: learning_rate=1e-4,3e-4' --sweep 'das: soft_mask_strength=0.5,1'. What is given "
+        "here goes before the recipe. The same command again does what is missing.",
+    )
+    from das_lm.sweep import sweep
+
+    entries, seeds, keep = options.pop("sweep", []), options.pop("seeds", [0, 1, 2]), options.pop("keep_models", False)
+    name, overrides = _recipe_and_overrides(SweepOptions, options)
+    if "output_dir" not in overrides:
+        raise UserError("--output_dir is missing; a sweep has a directory of its own")
+    sweep(name, entries, seeds, overrides.pop("output_dir"), overrides, keep_models=keep)
+
+
+def _recipe_and_overrides(kind: type[RecipeOptions], options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Name or path of the recipe, and what goes before it."""
+    from das_lm.recipe import recipes
+
+    if "recipe" not in options:
+        raise UserError(f"--recipe is missing; give the path of a .yaml file or one of {', '.join(sorted(recipes()))}")
+    ours = {field.name for field in dataclasses.fields(kind)}
+    overrides = {key: value for key, value in options.items() if key in ours and key != "recipe"}
+    overrides["training"] = {key: value for key, value in options.items() if key not in ours}
+    return options["recipe"], overrides
+
+
+def compare(arguments: list[str]) -> None:
+    """Put runs side by side: what they gained, and what they forgot at equal gain."""
+
+    class Parser(_OneLineErrors, argparse.ArgumentParser):
+        pass
+
+    parser = Parser(
+        prog="das-lm compare",
+        allow_abbrev=False,
+        description="Put runs side by side, seeds averaged, and say what each method forgets at the gain that the "
+        "reference has too.",
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="directory of a run, or one below which there are runs")
+    parser.add_argument(
+        "--reference", metavar="METHOD", help="what the others are compared with at equal gain (default: naive)"
+    )
+    parser.add_argument("--measure", default="loss", help="loss (default), accuracy, r2, cloze or end_task")
+    parser.add_argument("--output_dir", help="write comparison.json and table.md there")
+    options = parser.parse(arguments)
+    from pathlib import Path
+
+    from das_lm.evaluation.compare import compare
+
+    output = options.pop("output_dir")
+    comparison = compare(**options)
+    comparison.print()
+    if output:
+        comparison.save(Path(output))
 
 
 def _parse_training(options: type, arguments: list[str], **description: str) -> dict[str, Any]:
@@ -357,6 +505,55 @@ def _parse_training(options: type, arguments: list[str], **description: str) -> 
     return parser.parse(arguments)
 
 
+def evaluate(arguments: list[str]) -> None:
+    """Measure a run, or any checkpoints: held-out text, questions, end-tasks."""
+    options = _parse_training(
+        EvaluateOptions,
+        arguments,
+        prog="das-lm evaluate",
+        usage="%(prog)s (--run DIRECTORY | --checkpoint base=PATH --checkpoint NAME=PATH …) [OPTION …]",
+        description="Measure what checkpoints know and what they lost. What was measured before is read.",
+    )
+    ours = {field.name for field in dataclasses.fields(EvaluateOptions)}
+    training = {key: options.pop(key) for key in list(options) if key not in ours}
+    run, checkpoints = options.get("run"), _pairs("checkpoint", options.get("checkpoint", []))
+    if (run is None) == (not checkpoints):
+        raise UserError("give either --run DIRECTORY, or --checkpoint NAME=PATH, the base model first")
+    if run is None and "output_dir" not in options:
+        raise UserError("--output_dir is missing; checkpoints have no directory of their own for the results")
+    from das_lm.evaluate import Probes, evaluate_checkpoints, evaluate_run
+    from das_lm.evaluation.end_task import EndTaskConfig
+
+    cloze = [spec if "=" in spec else f"{spec}=built-in:{spec}" for spec in options.get("cloze", [])]
+    tuning = {key.removeprefix("end_task_"): value for key, value in options.items() if key.startswith("end_task_")}
+    if "seeds" in tuning:
+        tuning["seeds"] = tuple(tuning["seeds"])
+    probes = Probes(
+        _pairs("cloze", cloze),
+        _pairs("end_task", options.get("end_task", [])),
+        EndTaskConfig(**tuning),
+        options.get("pseudo_perplexity", 0),
+    )
+    domains, output = options.get("domain", []), options.get("output_dir")
+    if run is not None:
+        evaluate_run(run, domains, probes, output, training)
+    else:
+        evaluate_checkpoints(checkpoints, domains, output, probes, training, options.get("trust_remote_code", False))
+
+
+def _pairs(option: str, specs: list[str]) -> dict[str, str]:
+    """``NAME=VALUE`` of an option that can be given several times."""
+    pairs: dict[str, str] = {}
+    for spec in specs:
+        name, _, value = spec.partition("=")
+        if not name or not value:
+            raise UserError(f"--{option} {spec}: write --{option} NAME=PATH")
+        if name in pairs:
+            raise UserError(f"--{option} {spec}: '{name}' is given twice")
+        pairs[name] = value
+    return pairs
+
+
 def recipes(arguments: list[str]) -> None:
     """List the recipes that can be given by name."""
 
@@ -368,6 +565,57 @@ def recipes(arguments: list[str]) -> None:
 
     for name, description in describe_recipes().items():
         print(f"{name:24} {description}")
+
+
+def check_data(arguments: list[str]) -> int:
+    """Look for measured text that is trained on, and for training text that repeats itself."""
+
+    class Parser(_OneLineErrors, argparse.ArgumentParser):
+        pass
+
+    parser = Parser(prog="das-lm check-data", description=check_data.__doc__, allow_abbrev=False)
+    parser.add_argument("recipe", metavar="RECIPE", help="Name of a recipe or path of a .yaml file.")
+    for option in dataclasses.fields(RecipeOptions):
+        if option.name in ("domain", "measure"):
+            parser.add_argument(f"--{option.name}", nargs="+", **option.metadata)
+        elif option.name == "text_column":
+            parser.add_argument("--text_column", **option.metadata)
+    parser.add_argument(
+        "--end_task",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=PATH",
+        help="Look for the test text of end-tasks too: a file with a column 'text', or a directory with test.jsonl.",
+    )
+    parser.add_argument("--n", type=int, default=13, help="Words in a row that count as shared (default: 13).")
+    parser.add_argument("--output", metavar="FILE.json", help="Write all that was found to this file.")
+    parser.add_argument("--strict", action="store_true", help="Exit with status 1 if measured text is trained on.")
+    options = parser.parse(arguments)
+    for spec in options["end_task"]:
+        if not all(spec.partition("=")):
+            raise UserError(f"--end_task {spec}: write NAME=PATH")
+
+    from rich.console import Console
+    from rich.markup import escape
+
+    from das_lm.data.leakage import check
+    from das_lm.files import write_json
+    from das_lm.recipe import load_recipe
+
+    given = {key: options[key] for key in ("domain", "measure", "text_column") if options[key]}
+    recipe = load_recipe(options["recipe"], given, check_device=False)
+    leakage = check(recipe, options["n"], dict(spec.split("=", 1) for spec in options["end_task"]))
+    console = Console(highlight=False)
+    console.print(*leakage.tables(), sep="\n")
+    warnings = [warning for _, warning in leakage.warnings()]
+    for warning in warnings:
+        console.print("[yellow]warning:[/yellow]", escape(warning), soft_wrap=True)
+    if not warnings:
+        console.print(f"No measured document has half or more of its {leakage.n}-grams in training text.")
+    if options["output"]:
+        write_json(options["output"], leakage.to_json())
+    return 1 if options["strict"] and warnings else 0
 
 
 class _OneLineErrors(argparse.ArgumentParser):
@@ -392,8 +640,40 @@ def json_value(text: str) -> Any:
     return json.loads(text)
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {"pretrain": pretrain, "recipes": recipes, "classic": classic}
-COMMANDS["search-lambda"] = search_lambda
+def report(arguments: list[str]) -> None:
+    """Write what runs learned and lost as one HTML file, with its figures beside it."""
+
+    class Parser(_OneLineErrors, argparse.ArgumentParser):
+        pass
+
+    parser = Parser(prog="das-lm report", description=report.__doc__, allow_abbrev=False)
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="Directory of a run or of a classic benchmark, or one with such below it; several runs are compared.",
+    )
+    parser.add_argument(
+        "--output_dir", help="Directory of report.html and figures/ (default: that of the run, of several 'report')."
+    )
+    parser.add_argument("--title", help="Title of the page.")
+    options = parser.parse(arguments)
+    from das_lm.evaluation.report import write_report
+
+    print(f"Report: {write_report(options['runs'], options['output_dir'], options['title'])}")
+
+
+COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
+    "pretrain": pretrain,
+    "evaluate": evaluate,
+    "compare": compare,
+    "report": report,
+    "sweep": sweep,
+    "check-data": check_data,
+    "classic": classic,
+    "search-lambda": search_lambda,
+    "recipes": recipes,
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -403,7 +683,7 @@ def main(argv: list[str] | None = None) -> int:
         argv: The command and its arguments; those of the process by default.
 
     Returns:
-        The exit status: 0, 2 for bad input (one message on stderr), 130 for Ctrl-C.
+        The exit status: 0, 1 for what a check was to refuse, 2 for bad input (one message on stderr), 130 for Ctrl-C.
     """
     argv = sys.argv[1:] if argv is None else argv
     try:
@@ -413,7 +693,7 @@ def main(argv: list[str] | None = None) -> int:
         elif argv[0] not in COMMANDS:
             raise UserError(f"there is no command '{argv[0]}'.{did_you_mean(argv[0], COMMANDS)}")
         else:
-            COMMANDS[argv[0]](argv[1:])
+            return COMMANDS[argv[0]](argv[1:]) or 0
         return 0
     except UserError as error:
         message, status = f"error: {error}", 2

@@ -199,6 +199,9 @@ class DASConfig(TrainingArguments):
     # Of TrainingArguments, with another default: labels and example ids are no arguments of the model's forward.
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: see DASConfig."})
     logging_steps: float = field(default=10, metadata={"help": "Log every X update steps."})
+    report_to: None | str | list[str] = field(
+        default="tensorboard", metadata={"help": "Where the curves go: 'tensorboard', 'wandb', …, 'none', 'all'."}
+    )
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Off: a loss that is no number stops the run."}
     )

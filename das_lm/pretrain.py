@@ -6,8 +6,11 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,20 +31,28 @@ from das_lm import __version__
 from das_lm.cpu import use_all_cores
 from das_lm.data.blocks import HeldOutWindows, MLMMasking, TrainingBlocks
 from das_lm.data.embedded import BASE_MODEL
+from das_lm.data.leakage import find_leakage
 from das_lm.data.packing import pack, windows
 from das_lm.errors import UserError
+from das_lm.evaluation.cache import DIRECTORY as CACHE_NAME
+from das_lm.evaluation.cache import Cache, fingerprint, model_fingerprint
 from das_lm.evaluation.forgetting import FILE_NAME as RESULTS_NAME
 from das_lm.evaluation.forgetting import Results
 from das_lm.files import broken_file, newest_checkpoint, seal, write_text
 from das_lm.methods import METHODS
+from das_lm.model_card import HubRepository, write_card
 from das_lm.trainer import STATE_NAME, ContinualTrainer, data_seed
 from das_lm.units import ARCHITECTURES, Architecture
+from das_lm.units.importance import FILE_NAME as IMPORTANCE_NAME
+from das_lm.units.importance import Importance
 
 if TYPE_CHECKING:
     from das_lm.data.domains import Documents, Domain
+    from das_lm.evaluation.held_out import HeldOut
     from das_lm.recipe import Recipe
 
 RECIPE_NAME = "recipe.yaml"
+CURVES_NAME = "tensorboard"
 
 
 @dataclass
@@ -92,11 +103,11 @@ def continual_pretrain(recipe: Recipe, resume: bool = False, overwrite: bool = F
     transformers.utils.logging.disable_progress_bar()  # of loading and saving weights
     output = Path(recipe.output_dir)
     if state.is_main_process:
-        _check_output(output, recipe, resume, overwrite)
+        check_output(output, recipe, resume, overwrite)
     check_model(recipe)
     try:
         with state.main_process_first():
-            text, tokenizer = _load_text(recipe, console), _load_tokenizer(recipe)
+            text, tokenizer = _load_text(recipe, console), load_tokenizer(model_path(recipe), recipe)
         return _walk(recipe, output, overwrite, halves, text, tokenizer, state, console)
     except (OSError, SafetensorError, RuntimeError) as error:
         if _is_about_disk(error):
@@ -123,14 +134,9 @@ def _walk(
     masking = MLMMasking(tokenizer, args.mlm_probability)
     with state.main_process_first():
         packed = {d.name: _pack(text[d.name].train, tokenizer, args.max_length) for d in recipe.domains}
-        held_out = {
-            name: HeldOutWindows(windows(text[name].held_out, tokenizer, args.max_length), masking, data_seed(args))
-            for name in domains
-        }
-    development = None
-    if halves or (args.interpolation_alpha == "auto" and "interpolate" in recipe.method):
-        development = {name: one.half(0) for name, one in held_out.items()}
-        held_out = {name: one.half(1) for name, one in held_out.items()}
+        held_out, development = held_out_windows(
+            recipe, {name: text[name].held_out for name in domains}, tokenizer, args, halves
+        )
     needs_earlier = any(METHODS[name].needs_earlier_domains for name in recipe.method)
 
     def make_trainer(model: Any, stage: Stage, directory: Path) -> ContinualTrainer:
@@ -138,6 +144,7 @@ def _walk(
         args = recipe.training_arguments(domain, str(directory))
         if stage is not stages[0] and not (domain and "importance" in domain.training):
             args.importance = "auto"  # where the importance of the base model comes from has been settled
+        args.push_to_hub = False  # the walk pushes, when a stage is finished and measured
         learned = [d for s in stages[: stages.index(stage) + 1] for d in s.domains] if needs_earlier else stage.domains
         return ContinualTrainer(
             model=model,
@@ -156,29 +163,36 @@ def _walk(
             architecture=Architecture.from_dict(recipe.units) if recipe.units else None,
         )
 
+    hub = HubRepository(args, output.absolute().name) if args.push_to_hub and state.is_main_process else None
     results = Results(domains, run=_facts(recipe, text, args))
     if (output / RESULTS_NAME).is_file() and not overwrite:
-        results.stages = Results.load(output).stages
+        earlier = Results.load(output)
+        results.stages, results.run["warnings"] = earlier.stages, earlier.run["warnings"]
+    elif state.is_main_process:
+        for name, warning in find_leakage(text).warnings():
+            console.print("[yellow]warning:[/yellow]", escape(f"{warning}; see das-lm check-data"), soft_wrap=True)
+            results.run["warnings"].setdefault(name, []).append(warning)
     if not results.stages:
         # All that a wrong recipe can say shows here; only then is anything written, or an earlier run removed.
         with TemporaryDirectory() as scratch:
-            model = load_model(_model_path(recipe), recipe)
+            model = load_model(model_path(recipe), recipe)
             trainers = [make_trainer(model, stage, Path(scratch)) for stage in stages]
-            results.stages.append(_measure(trainers[0], held_out, results, "base", console))
+            measured = _measure(trainers[0], held_out, "base", console)
         if state.is_main_process:
             _open_output(output, recipe, overwrite)
-            results.save(output)
+        _keep(results, *measured, {"checkpoint": model_path(recipe)}, output, state, None)
         del model, trainers
         state.wait_for_everyone()
 
-    source: str | Path = _model_path(recipe)
+    source: str | Path = model_path(recipe)
     for index, stage in enumerate(stages, 1):
         if len(results.stages) > index and stage.is_finished:
             source = stage.directory
             continue
         is_finished = stage.is_finished  # and not yet measured
         model = load_model(str(stage.directory if is_finished else source), recipe)
-        trainer = make_trainer(model, stage, stage.workshop)
+        with _curves_in(output / CURVES_NAME / stage.directory.name):
+            trainer = make_trainer(model, stage, stage.workshop)
         seconds = None
         if not is_finished:
             console.rule(f"[bold]{stage.name}[/bold] ({index} of {len(stages)})", align="left")
@@ -186,33 +200,42 @@ def _walk(
             trainer.train(resume_from_checkpoint=newest_checkpoint(stage.workshop))
             _save(trainer, stage.directory)
             seconds = round(time.perf_counter() - started, 1)
-        facts = {**json.loads((stage.directory / STATE_NAME).read_text(encoding="utf-8")), "seconds": seconds}
-        results.stages.append(_measure(trainer, held_out, results, stage.name, console, facts))
-        if state.is_main_process:
-            results.save(output)
+        facts = {"checkpoint": stage.directory.name, "seconds": seconds, **_facts_of(stage, trainer)}
+        _keep(results, *_measure(trainer, held_out, stage.name, console, facts), facts, output, state, hub)
         source = stage.directory
     for stage in stages:
         if state.is_main_process:
             shutil.rmtree(stage.workshop, ignore_errors=True)
-    console.print(results.table(), results.figures(), sep="\n")
+    console.print(*results.tables(), sep="\n")
     console.print(f"Results: {output / RESULTS_NAME}    Model: {source}", soft_wrap=True)
     return results
+
+
+def held_out_windows(
+    recipe: Recipe, text: dict[str, Any], tokenizer: Any, args: Any, halves: bool = False
+) -> tuple[dict[str, HeldOutWindows], dict[str, HeldOutWindows] | None]:
+    """Held-out documents by domain as they are measured; and, where something is chosen by a score, one half of them
+    to choose by, while the other is measured."""
+    masking = MLMMasking(tokenizer, args.mlm_probability)
+    held_out = {
+        name: HeldOutWindows(windows(documents, tokenizer, args.max_length), masking, data_seed(args))
+        for name, documents in text.items()
+    }
+    if not halves and not (args.interpolation_alpha == "auto" and "interpolate" in recipe.method):
+        return held_out, None
+    return {name: one.half(1) for name, one in held_out.items()}, {name: one.half(0) for name, one in held_out.items()}
 
 
 def _measure(
     trainer: ContinualTrainer,
     held_out: dict[str, HeldOutWindows],
-    results: Results,
     name: str,
     console: Console,
     facts: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """A row of the result matrix."""
-    metrics = trainer.evaluate(held_out)
-    scores = {
-        domain: {key: metrics[f"eval_{domain}_{key}"] for key in ("loss", "accuracy", "tokens", "documents")}
-        for domain in results.domains
-    }
+) -> tuple[dict[str, Any], dict[str, HeldOut]]:
+    """A row of the result matrix, and what every document says, under the key that it is kept by."""
+    measured = trainer.measure(held_out)
+    scores = {domain: one.measures() for domain, one in measured.items()}
     broken = [domain for domain, score in scores.items() if not math.isfinite(score["loss"])]
     if broken:
         raise UserError(
@@ -223,7 +246,72 @@ def _measure(
     if facts and "mean_importance" in facts:
         means = "   ".join(f"{kind} {mean:.3f}" for kind, mean in facts["mean_importance"].items())
         console.print(f"mean importance, which the next domain's mask holds back:   {means}")
-    return {"name": name, "scores": scores, **(facts or {})}
+    weights = model_fingerprint(trainer.model)
+    keys = {domain: fingerprint("held out", weights, one.fingerprint) for domain, one in held_out.items()}
+    return {"name": name, "scores": scores, "measured": keys}, measured
+
+
+def _keep(
+    results: Results,
+    row: dict[str, Any],
+    measured: dict[str, HeldOut],
+    facts: dict[str, Any],
+    output: Path,
+    state: PartialState,
+    hub: HubRepository | None,
+) -> None:
+    """Add a row to the results and their intervals, and write them; of a stage its card before, and push it."""
+    results.stages.append({**row, **facts})
+    if state.is_main_process:
+        cache = Cache(output / CACHE_NAME)
+        for domain, one in measured.items():
+            cache.put(row["measured"][domain], one.tensors(), {"stage": row["name"], "domain": domain})
+        kept = [{name: cache.held_out(key) for name, key in stage["measured"].items()} for stage in results.stages]
+        if all(one for stage in kept for one in stage.values()):
+            results.add_held_out_intervals(kept)
+        if len(results.stages) > 1:  # whatever is interrupted here is measured and pushed again
+            write_card(output / facts["checkpoint"], results, hub and hub.id)
+            if hub:
+                stages = max(filter(None, results.domains.values()))
+                message = f"{row['name']} ({len(results.stages) - 1} of {stages})"
+                hub.push(output / facts["checkpoint"], message)
+        results.save(output)
+
+
+def _facts_of(stage: Stage, trainer: ContinualTrainer) -> dict[str, Any]:
+    """How a finished domain was learned: from what is saved with it, so that a resumed walk says the same."""
+    state = json.loads((stage.directory / STATE_NAME).read_text(encoding="utf-8"))
+    log = json.loads((stage.directory / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    facts = {**state, "history": history(log)}
+    if (stage.directory / IMPORTANCE_NAME).is_file():
+        facts["importance"] = Importance.load(stage.directory, trainer.units).maps()
+    return facts
+
+
+def history(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The Trainer's log as a curve: one entry per step, with the held-out loss of every domain under `held_out`."""
+    steps: dict[int, dict[str, Any]] = {}
+    for entry in log:
+        row = steps.setdefault(entry["step"], {"step": entry["step"]})
+        for key, value in entry.items():
+            if match := re.fullmatch(r"eval_(.+)_loss", key):
+                row.setdefault("held_out", {})[match[1]] = value
+            elif key in ("loss", "learning_rate", "grad_norm") or key.startswith("loss_"):
+                row[key] = value
+    return [row for _, row in sorted(steps.items()) if len(row) > 1]
+
+
+@contextmanager
+def _curves_in(directory: Path) -> Iterator[None]:
+    """Where the TensorBoard of a trainer made here writes: with the results, since the workshop goes."""
+    if "TENSORBOARD_LOGGING_DIR" in os.environ:
+        yield
+        return
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(directory)
+    try:
+        yield
+    finally:
+        del os.environ["TENSORBOARD_LOGGING_DIR"]
 
 
 def _save(trainer: ContinualTrainer, directory: Path) -> None:
@@ -256,7 +344,8 @@ def stages_of(recipe: Recipe, output: Path) -> list[Stage]:
 # ---- model and text ----------------------------------------------------------------------------------------------
 
 
-def _model_path(recipe: Recipe) -> str:
+def model_path(recipe: Recipe) -> str:
+    """Where the base model is."""
     return str(BASE_MODEL) if recipe.model_name_or_path == "built-in" else recipe.model_name_or_path
 
 
@@ -267,7 +356,7 @@ def check_model(recipe: Recipe) -> None:
     Raises:
         UserError: no such model, an architecture that is not supported, or a wrong entry for it.
     """
-    path = _model_path(recipe)
+    path = model_path(recipe)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=recipe.trust_remote_code)
     except (OSError, ValueError) as error:
@@ -312,8 +401,13 @@ def load_model(path: str, recipe: Recipe) -> Any:
     return model
 
 
-def _load_tokenizer(recipe: Recipe) -> Any:
-    path = _model_path(recipe)
+def load_tokenizer(path: str, recipe: Recipe) -> Any:
+    """
+    Load the tokenizer of a model.
+
+    Raises:
+        UserError: there is none, or it has more tokens than the model.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=recipe.trust_remote_code)
         vocabulary = AutoConfig.from_pretrained(path, trust_remote_code=recipe.trust_remote_code).vocab_size
@@ -366,7 +460,7 @@ def _facts(recipe: Recipe, text: dict[str, Documents], args: Any) -> dict[str, A
 # ---- the output directory ----------------------------------------------------------------------------------------
 
 
-def _check_output(output: Path, recipe: Recipe, resume: bool, overwrite: bool) -> None:
+def check_output(output: Path, recipe: Recipe, resume: bool, overwrite: bool) -> None:
     """Refuse to mix runs, before anything is loaded or written."""
     if resume and overwrite:
         raise UserError("--resume goes on with a run, --overwrite_output_dir removes it: give one of them")
@@ -404,6 +498,8 @@ def _open_output(output: Path, recipe: Recipe, overwrite: bool) -> None:
         # Only what a run writes, and the recipe last: whatever is interrupted here can be overwritten again.
         for path in [*output.glob("[0-9]*-*"), *output.glob(".[0-9]*-*.partial")]:
             shutil.rmtree(path)
+        for name in (CACHE_NAME, CURVES_NAME):
+            shutil.rmtree(output / name, ignore_errors=True)
         (output / RESULTS_NAME).unlink(missing_ok=True)
         (output / RECIPE_NAME).unlink()
     output.mkdir(parents=True, exist_ok=True)

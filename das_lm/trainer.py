@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import SequentialSampler
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput, HubStrategy, rotate_checkpoints
 
 from das_lm import __version__
 from das_lm.config import DASConfig
@@ -31,7 +31,7 @@ from das_lm.data.blocks import (
 )
 from das_lm.data.packing import pack, windows
 from das_lm.errors import UserError, did_you_mean
-from das_lm.evaluation.held_out import held_out_losses
+from das_lm.evaluation.held_out import HeldOut, held_out_losses
 from das_lm.files import broken_file, newest_checkpoint, seal, write_json
 from das_lm.methods import METHODS, Method
 from das_lm.objective import MaskedLanguageModeling, ModuleLoss, Output
@@ -80,6 +80,7 @@ class ContinualTrainer(Trainer):
         **kwargs: Any,
     ):
         _refuse(args)
+        args.hub_strategy = HubStrategy.END  # a push on the way holds training_args.bin: a pickle with the token in it
         if args.device.type == "cpu":
             keep_freed_memory()
         self.domain = domain
@@ -310,6 +311,20 @@ class ContinualTrainer(Trainer):
         with self.private_randomness("evaluate"):
             return super().evaluate(eval_dataset, *args, **kwargs)
 
+    def measure(self, held_out: Mapping[str, Any]) -> dict[str, HeldOut]:
+        """The same as [`evaluate`] of data sets by domain, document by document."""
+        with self.private_randomness("evaluate"):
+            return {
+                name: held_out_losses(
+                    self.model,
+                    self.objective,
+                    self.get_eval_dataloader(one),
+                    self.accelerator,
+                    progress=None if self.args.disable_tqdm else f"held-out text of {name}",
+                )
+                for name, one in held_out.items()
+            }
+
     def development_loss(self) -> float:
         """Mean over the domains of `development_dataset` of the loss on it."""
         metrics = self.evaluate(self.development_dataset, metric_key_prefix="development")
@@ -341,6 +356,11 @@ class ContinualTrainer(Trainer):
         for method in self.methods:
             method.save(directory)
         write_json(directory / STATE_NAME, self.continual_state())
+
+    def create_model_card(self, tags: str | list[str] | None = None, **kwargs: Any) -> None:
+        """The Trainer's draft of a card, with the tags that the cards of a walk have."""
+        given = [tags] if isinstance(tags, str) else tags or []
+        super().create_model_card(tags=[*given, "das-lm", "continual-pretraining"], **kwargs)
 
     def continual_state(self) -> dict[str, Any]:
         """What was learned how: for people, and for the next domain."""

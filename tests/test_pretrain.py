@@ -47,7 +47,7 @@ domains:
 measure:
   - {{name: old, data: {root}/old.txt}}
 training: {{max_length: 24, max_steps: 4, per_device_train_batch_size: 4, importance_samples: 8, save_steps: 2,
-           learning_rate: 1e-3, disable_tqdm: true, use_cpu: true}}
+           learning_rate: 1e-3, disable_tqdm: true, use_cpu: true, report_to: none}}
 """
     )
     return root
@@ -72,7 +72,13 @@ def finished(world, tmp_path_factory) -> Path:
 
 
 def test_walk_writes_whole_checkpoints_and_the_matrix(finished):
-    assert sorted(path.name for path in finished.iterdir()) == ["1-bio", "2-cs", "forgetting.json", "recipe.yaml"]
+    assert sorted(path.name for path in finished.iterdir()) == [
+        "1-bio",
+        "2-cs",
+        "forgetting.json",
+        "measured",
+        "recipe.yaml",
+    ]
     results = Results.load(finished)
     assert [stage["name"] for stage in results.stages] == ["base", "bio", "cs"]
     assert results.domains == {"old": None, "bio": 1, "cs": 2}
@@ -83,7 +89,7 @@ def test_walk_writes_whole_checkpoints_and_the_matrix(finished):
         AutoModelForMaskedLM.from_pretrained(directory)
         AutoTokenizer.from_pretrained(directory)
         suffixes = {path.suffix for path in directory.iterdir()}
-        assert suffixes == {".json", ".safetensors"}
+        assert suffixes == {".json", ".safetensors", ".md"}
     data = json.loads((finished / "forgetting.json").read_text())
     assert data["run"]["recipe"]["domains"][0]["name"] == "bio"
     assert data["summary"]["loss"]["drift"] == pytest.approx(results.matrix()[2, 0] - results.matrix()[0, 0])
@@ -93,19 +99,19 @@ class Interrupted(Exception):
     pass
 
 
-@pytest.mark.parametrize("where", ["train bio 3", "end bio", "save bio", "evaluate bio", "train cs 3", "evaluate cs"])
+@pytest.mark.parametrize("where", ["train bio 3", "end bio", "save bio", "measure bio", "train cs 3", "measure cs"])
 def test_resumed_run_equals_the_uninterrupted_one(world, finished, tmp_path, monkeypatch, where):
     """Interrupted in training, while consolidating, before saving, and while measuring."""
     what, domain, *step = where.split()
     broken = {"on": True}
-    original = {name: getattr(ContinualTrainer, name) for name in ("training_step", "evaluate", "save_model")}
+    original = {name: getattr(ContinualTrainer, name) for name in ("training_step", "measure", "save_model")}
 
     def interrupt(name):
         def wrapper(self, *args, **kwargs):
             begun = self.state.global_step > 0
             here = {
                 "training_step": what == "train" and self.state.global_step == int(step[0] if step else 0),
-                "evaluate": what == "evaluate" and begun,
+                "measure": what == "measure" and begun,
                 "save_model": what == "save" and not kwargs.get("_internal_call"),
             }[name]
             if broken["on"] and here and self.domain == domain:
@@ -159,7 +165,8 @@ def test_another_run_is_overwritten_only_when_told_to(world, finished, tmp_path,
     assert "another 'training'" in capsys.readouterr().err
     assert (output / "forgetting.json").read_bytes() == before
     assert _run(world, output, "--overwrite_output_dir", "--method", "naive", "--domain", "bio") == 0
-    assert sorted(path.name for path in output.iterdir()) == ["1-bio", "forgetting.json", "notes.md", "recipe.yaml"]
+    left = sorted(path.name for path in output.iterdir())
+    assert left == ["1-bio", "forgetting.json", "measured", "notes.md", "recipe.yaml"]
     assert not (output / "1-bio" / "importance.safetensors").exists()
 
 

@@ -870,7 +870,7 @@ def test_importance_beside_the_model_is_found(saved, tmp_path):
     assert importance_of(following).domains == ["general", "bio", "cs"]
     for key, value in importance_of(following).values.items():
         before = importance_of(run).values[key]
-        torch.testing.assert_close(value, torch.maximum(before, importance_of(following).last[key]))
+        torch.testing.assert_close(value, torch.maximum(before, importance_of(following).by_domain[-1][key]))
 
 
 def test_proxy_ignores_the_importance_beside_the_model(saved, tmp_path):

@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from scipy import stats
 
-from das_lm.classic.report import Estimate, Report
+from das_lm.classic.report import Report
+from das_lm.evaluation.intervals import Estimate
 
 #: Okabe and Ito's colours, told apart with any colour vision; each with a dash pattern of its own.
 STYLES = (

@@ -2,37 +2,20 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from rich.table import Table
-from scipy import stats
 
 from das_lm.evaluation.forgetting import Results
+from das_lm.evaluation.intervals import Estimate
+from das_lm.evaluation.tables import console_table, markdown_tables
 from das_lm.files import write_json, write_text
 
 SUMMARY_NAME = "benchmark.json"
 TABLE_NAME = "table.md"
-
-
-class Estimate(NamedTuple):
-    """A mean over seeds, and half of its 95 % interval (Student's t); `None` with one seed."""
-
-    mean: float
-    half: float | None
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Estimate:
-        """From one value per seed."""
-        count = len(values)
-        half = None
-        if count > 1:
-            half = float(stats.t.ppf(0.975, count - 1) * np.std(values, ddof=1) / math.sqrt(count))
-        return cls(float(np.mean(values)), half)
 
 
 @dataclass
@@ -185,22 +168,12 @@ class Report:
 
     def tables(self) -> list[Table]:
         """For the console."""
-        tables = []
-        for title, (header, *rows) in self.rows().items():
-            table = Table(title=title, title_justify="left")
-            for number, name in enumerate(header):
-                table.add_column(name, justify="left" if number == 0 or name == "chosen" else "right")
-            for row in rows:
-                table.add_row(*row)
-            tables.append(table)
+        tables = [console_table(title, rows, words=("chosen",)) for title, rows in self.rows().items()]
         return [*tables, self.notes()]
 
     def markdown(self) -> str:
         """For a file."""
-        parts = [f"# {self.experiment}", self.description, self.notes()]
-        for title, (header, *rows) in self.rows().items():
-            lines = [header, ["---"] * len(header), *rows]
-            parts += [f"## {title}", "\n".join(f"| {' | '.join(line)} |" for line in lines)]
+        parts = [f"# {self.experiment}", self.description, self.notes(), *markdown_tables(self.rows())]
         return "\n\n".join(parts) + "\n"
 
     def save(self, directory: Path) -> None:

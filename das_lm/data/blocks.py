@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -188,7 +189,8 @@ class HeldOutWindows(Dataset):
     checkpoints of one model see the same masks.
 
     Args:
-        windows: data set with columns `input_ids` and `document` (the index of the document).
+        windows: data set with columns `input_ids`, `document` (the index of the document) and, for what is measured
+            per byte, `bytes` (of text, per token), as `packing.windows` makes them.
         masking: what makes inputs and labels of a window.
         seed: of the masks.
     """
@@ -215,6 +217,14 @@ class HeldOutWindows(Dataset):
         )
         return HeldOutWindows(renumbered, self.masking, self.seed)
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """The same for the same windows and masks."""
+        ids = [np.asarray(row, dtype=np.int64).tobytes() for row in self.windows.with_format(None)["input_ids"]]
+        content = hashlib.blake2b(b"|".join(ids), digest_size=16).hexdigest()
+        about = (self.masking.probability, self.masking.mask_token_id, self.masking.vocabulary, self.seed)
+        return f"{addressed_seed(content, list(self.windows['document']), *about):016x}"
+
     def __len__(self) -> int:
         return len(self.windows)
 
@@ -222,7 +232,45 @@ class HeldOutWindows(Dataset):
         row = self.windows[self._order[position]]
         input_ids = np.asarray(row["input_ids"], dtype=np.int64)
         masked, labels = self.masking(input_ids, addressed_seed(self.seed, "held out", input_ids.tolist()))
-        return {"input_ids": masked, "labels": labels, "document": int(row["document"])}
+        size = {"bytes": int(row["bytes"][labels != IGNORED].sum())} if "bytes" in row else {}
+        return {"input_ids": masked, "labels": labels, "document": int(row["document"]), **size}
+
+
+class SingleMasks(Dataset):
+    """
+    Held-out windows with one token masked at a time, every one in its turn, for the pseudo-perplexity (Salazar et al.,
+    arXiv 1910.14659): a row per token.
+
+    Args:
+        held_out: the windows.
+        documents: how many documents, drawn by (seed, their number).
+    """
+
+    def __init__(self, held_out: HeldOutWindows, documents: int):
+        self.held_out = held_out
+        number = np.asarray(held_out.windows["document"])
+        total = int(number.max()) + 1
+        drawn = permutation(total, held_out.seed, "pseudo-perplexity")[:documents]
+        self._place = {int(document): place for place, document in enumerate(sorted(drawn))}
+        special = held_out.masking.special_ids
+        self._rows = [
+            (int(window), int(position))
+            for window in np.flatnonzero(np.isin(number, drawn))
+            for position in np.flatnonzero(~np.isin(held_out.windows[int(window)]["input_ids"], special))
+        ]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        window, position = self._rows[index]
+        row = self.held_out.windows[window]
+        input_ids = np.array(row["input_ids"], dtype=np.int64)
+        labels = np.full_like(input_ids, IGNORED)
+        labels[position] = input_ids[position]
+        input_ids[position] = self.held_out.masking.mask_token_id
+        size = {"bytes": int(row["bytes"][position])} if "bytes" in row else {}
+        return {"input_ids": input_ids, "labels": labels, "document": self._place[int(row["document"])], **size}
 
 
 class PaddingCollator:

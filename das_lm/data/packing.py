@@ -82,8 +82,8 @@ def windows(documents: Dataset, tokenizer: PreTrainedTokenizerFast, max_length: 
 
     Returns:
         A data set with the columns `input_ids` (int32), `document` (position in `documents`) and `bytes` (UTF-8 bytes
-        of the text that the window covers; over the windows of a document they sum to the document's). A document of
-        which the tokenizer makes no token has no window.
+        of text from the end of the token before to the end of each token, 0 for special tokens; over the windows of a
+        document they sum to the document's). A document of which the tokenizer makes no token has no window.
 
     Raises:
         UserError: `max_length` leaves no room beside the special tokens, or the tokenizer knows no offsets.
@@ -129,7 +129,7 @@ def _features(*columns: str) -> Features:
     from datasets import Features, Sequence, Value
 
     return Features(
-        {column: Sequence(Value("int32")) if column == "input_ids" else Value("int64") for column in columns}
+        {column: Value("int64") if column == "document" else Sequence(Value("int32")) for column in columns}
     )
 
 
@@ -180,12 +180,19 @@ def _windows(
     for index, text, ids, offsets in zip(
         indices, batch["text"], encoded["input_ids"], encoded["offset_mapping"], strict=True
     ):
-        begin = 0  # of the window's text, in characters
+        sizes = _token_bytes(text, [end for _, end in offsets])
         for start in range(0, len(ids), room):
-            last = start + room >= len(ids)
-            end = len(text) if last else max(begin, offsets[start + room][0])
             rows["input_ids"].append(prefix + ids[start : start + room] + suffix)
             rows["document"].append(index)
-            rows["bytes"].append(len(text[begin:end].encode()))
-            begin = end
+            rows["bytes"].append([0] * len(prefix) + sizes[start : start + room] + [0] * len(suffix))
     return rows
+
+
+def _token_bytes(text: str, ends: list[int]) -> list[int]:
+    """UTF-8 bytes up to the end of each token, in characters, from where the one before ended; the last takes the
+    rest. Of the tokens of one character, the first has its bytes."""
+    sizes, begin = [], 0
+    for end in [*ends[:-1], len(text)]:
+        sizes.append(len(text[begin:end].encode()))
+        begin = max(begin, end)
+    return sizes

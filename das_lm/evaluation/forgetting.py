@@ -3,32 +3,56 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from rich.markup import escape
 from rich.table import Table
 
 from das_lm.errors import UserError
+from das_lm.evaluation.bootstrap import interval, resampled_ratios
+from das_lm.evaluation.intervals import Estimate
 from das_lm.files import write_json
+
+if TYPE_CHECKING:
+    from das_lm.evaluation.held_out import HeldOut
 
 FILE_NAME = "forgetting.json"
 FORMAT_VERSION = 1
 #: What is scored -> its name for people, and how one score is written.
-MEASURES = {"loss": ("loss", ".3f"), "accuracy": ("top-1 accuracy", ".1%"), "r2": ("R²", ".3f")}
+MEASURES = {
+    "loss": ("loss", ".3f"),
+    "accuracy": ("top-1 accuracy", ".1%"),
+    "r2": ("R²", ".3f"),
+    "cloze": ("cloze accuracy", ".1%"),
+    "end_task": ("end-task macro F1", ".1%"),
+}
+#: Measures that are no scores of a domain -> where they stand in a stage.
+PROBES = {"cloze": "cloze", "end_task": "end_tasks"}
+#: The figures of `summarize`, for people.
+FIGURES = {
+    "average": "average over learned domains",
+    "gain": "gain of a domain in its own stage",
+    "backward_transfer": "backward transfer",
+    "forward_transfer": "forward transfer",
+    "forgetting": "forgetting, from the best value",
+    "forgetting_rate": "forgetting rate",
+    "drift": "drift of what was never learned",
+}
 
 
-def summarize(
-    matrix: np.ndarray, learned: list[int | None], lower_is_better: bool
-) -> dict[str, float | list[float] | None]:
+def summarize(matrix: np.ndarray, learned: Sequence[int | None], lower_is_better: bool) -> dict[str, Any]:
     """
     The figures of continual learning, from scores after every stage. Of all but `average`, whose scale is the score's
     own, a positive value of a transfer or a gain is good and a positive value of a forgetting or a drift is bad, for
     losses and accuracies alike.
 
     Args:
-        matrix: R[i][j], the score on domain j after stage i; row 0 is the base model. Shape [1 + stages, domains].
+        matrix: R[i][j], the score on domain j after stage i; row 0 is the base model. Shape [1 + stages, domains], or
+            [1 + stages, domains, resamples]: then every figure has the shape [resamples].
         learned: for each domain the stage (1, 2, …) in which it was learned, or `None` if it never was.
         lower_is_better: whether the scores are losses.
 
@@ -49,15 +73,17 @@ def summarize(
     earlier = [(j, stage) for j, stage in own if stage < last]
     later = [(j, stage) for j, stage in own if stage > 1]
 
-    def mean(values: list[float]) -> float | None:
-        return float(np.mean(values)) if values else None
+    def mean(values: list[np.ndarray]) -> Any:
+        if not values:
+            return None
+        return np.mean(values, axis=0) if matrix.ndim > 2 else float(np.mean(values))
 
     return {
         "average": mean([matrix[last, j] for j, _ in own]),
         "gain": mean([worth[stage, j] - worth[stage - 1, j] for j, stage in own]),
         "backward_transfer": mean([worth[last, j] - worth[stage, j] for j, stage in earlier]),
         "forward_transfer": mean([worth[stage - 1, j] - worth[0, j] for j, stage in later]),
-        "forgetting": mean([worth[stage:last, j].max() - worth[last, j] for j, stage in earlier]),
+        "forgetting": mean([worth[stage:last, j].max(axis=0) - worth[last, j] for j, stage in earlier]),
         "forgetting_rate": mean([worth[stage, j] - worth[last, j] for j, stage in earlier]),
         "drift": mean([worth[0, j] - worth[last, j] for j, stage in enumerate(learned) if stage is None]),
     }
@@ -66,42 +92,116 @@ def summarize(
 @dataclass
 class Results:
     """
-    What was measured after every stage of a run.
+    What was measured after every stage of a run; see the README beside this file for all that a stage may hold.
 
     Args:
         domains: name of each measured domain -> stage (1, 2, …) in which it is learned, `None` if it never is.
         stages: per stage, the base model first: `name`, `scores` (domain -> `loss`, `accuracy` or `r2`, `tokens`,
-            `documents`), and further facts such as `steps` or `mean_importance`.
+            `documents`), and further measures and facts.
         run: the recipe, versions, and whatever else says how the numbers came about.
         unit: of the loss.
+        intervals: measure -> figure of `summarize` -> its 95 % interval, `[low, high]`.
     """
 
     domains: dict[str, int | None]
     stages: list[dict[str, Any]] = field(default_factory=list)
     run: dict[str, Any] = field(default_factory=dict)
     unit: str = "nats per masked token"
+    intervals: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+
+    # ---- scores ------------------------------------------------------------------------------------------------
 
     @property
     def measures(self) -> list[str]:
-        """What every domain is scored by: `loss`, and `accuracy` or `r2`."""
+        """What is measured of every stage: `loss`, `accuracy` or `r2` of the domains, `cloze`, `end_task`."""
         scores = next(iter(self.stages[0]["scores"].values())) if self.stages else ("loss", "accuracy")
-        return [measure for measure in MEASURES if measure in scores]
+        probes = [measure for measure, key in PROBES.items() if self.stages and all(key in s for s in self.stages)]
+        return [measure for measure in MEASURES if measure in scores or measure in probes]
+
+    def columns(self, measure: str = "loss") -> dict[str, int | None]:
+        """What a measure is taken of -> the stage in which it is learned: the domains; or sets of questions, or
+        end-tasks, which belong to the domain that their name says (`bio`, `bio.chemprot`)."""
+        if measure not in PROBES:
+            return self.domains
+        return {name: self.domains.get(name.split(".")[0]) for name in self.stages[0][PROBES[measure]]}
 
     def matrix(self, measure: str = "loss") -> np.ndarray:
-        """Scores, shape [1 + stages, domains]."""
+        """Scores, shape [1 + stages, columns]; of an end-task, macro F1, the mean over seeds."""
+        if measure == "end_task":
+            return np.array([[np.mean(task["macro_f1"]) for task in s["end_tasks"].values()] for s in self.stages])
+        if measure == "cloze":
+            return np.array([[questions["accuracy"] for questions in s["cloze"].values()] for s in self.stages])
         return np.array([[stage["scores"][domain][measure] for domain in self.domains] for stage in self.stages])
 
     def summary(self) -> dict[str, dict[str, Any]]:
         """Measure -> figures of `summarize`."""
-        learned = list(self.domains.values())
         return {
-            measure: summarize(self.matrix(measure), learned, lower_is_better=measure == "loss")
+            measure: summarize(self.matrix(measure), list(self.columns(measure).values()), measure == "loss")
             for measure in self.measures
         }
+
+    def integrated_loss(self) -> dict[str, float] | None:
+        """
+        The loss of every learned domain integrated over training since it was introduced, per unit of time: its mean
+        over the evaluations since then.
+
+        Returns:
+            domain -> nats, or `None` where there was no evaluation during training.
+        """
+        curves: dict[str, list[float]] = {domain: [] for domain, stage in self.domains.items() if stage is not None}
+        for number, stage in enumerate(self.stages):
+            for entry in stage.get("history", ()):
+                for domain, curve in curves.items():
+                    if domain in entry.get("held_out", ()) and self.domains[domain] <= number:
+                        curve.append(entry["held_out"][domain])
+        return {domain: float(np.mean(curve)) for domain, curve in curves.items()} if all(curves.values()) else None
+
+    def add_intervals(self, measure: str, sums: Sequence[Mapping[str, tuple[np.ndarray, np.ndarray]]]) -> None:
+        """
+        Intervals of the scores of a measure and of its figures, by the paired bootstrap.
+
+        Args:
+            measure: a ratio of sums: `loss`, `accuracy`, `cloze`.
+            sums: per stage, column -> numerators and denominators of its score, each [documents].
+        """
+        columns = self.columns(measure)
+        ratios = np.stack(
+            [resampled_ratios(*zip(*(stage[name] for stage in sums), strict=True), name) for name in columns], axis=1
+        )  # [1 + stages, columns, resamples]
+        for stage, row in zip(self.stages, ratios, strict=True):
+            for name, values in zip(columns, row, strict=True):
+                if measure == "cloze":
+                    stage["cloze"][name]["interval"] = interval(values)
+                else:
+                    stage.setdefault("intervals", {}).setdefault(name, {})[measure] = interval(values)
+        figures = summarize(ratios, list(columns.values()), lower_is_better=measure == "loss")
+        self.intervals[measure] = {name: interval(value) for name, value in figures.items() if value is not None}
+
+    def add_held_out_intervals(self, stages: Sequence[Mapping[str, HeldOut]]) -> None:
+        """The same of loss and accuracy, from what was measured of every document of every stage."""
+        self.add_intervals("loss", [{name: (one.nats, one.tokens) for name, one in stage.items()} for stage in stages])
+        if "accuracy" in self.measures:
+            sums = [{name: (one.correct, one.tokens) for name, one in stage.items()} for stage in stages]
+            self.add_intervals("accuracy", sums)
+
+    def add_end_task_intervals(self) -> None:
+        """Intervals of the figures of end-tasks, Student's t over seeds, where all tasks have the same seeds."""
+        tasks = [task for stage in self.stages for task in stage["end_tasks"].values()]
+        self.intervals.pop("end_task", None)
+        if len({tuple(task["seeds"]) for task in tasks}) > 1 or len(tasks[0]["seeds"]) < 2:
+            return
+        scores = np.array([[task["macro_f1"] for task in stage["end_tasks"].values()] for stage in self.stages])
+        figures = summarize(scores, list(self.columns("end_task").values()), lower_is_better=False)
+        estimates = {name: Estimate.of(values) for name, values in figures.items() if values is not None}
+        self.intervals["end_task"] = {name: [e.mean - e.half, e.mean + e.half] for name, e in estimates.items()}
+
+    # ---- the file ----------------------------------------------------------------------------------------------
 
     def save(self, directory: Path) -> None:
         """Write `forgetting.json`."""
         data = {"format": "das_lm.forgetting", "version": FORMAT_VERSION, **asdict(self), "summary": self.summary()}
+        if (integrated := self.integrated_loss()) is not None:
+            data["integrated_loss"] = integrated
         write_json(directory / FILE_NAME, data)
 
     @classmethod
@@ -117,46 +217,72 @@ class Results:
             data = json.loads(path.read_text(encoding="utf-8"))
             if data["version"] > FORMAT_VERSION:
                 raise UserError(f"{path} has version {data['version']}; this release reads {FORMAT_VERSION}")
-            return cls(data["domains"], data["stages"], data["run"], data.get("unit", cls.unit))
+            given = {field.name: data[field.name] for field in fields(cls) if field.name in data}
+            return cls(**{"stages": data["stages"], "run": data["run"], **given})
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise UserError(f"{path} cannot be read: {error}") from None
 
+    # ---- for people --------------------------------------------------------------------------------------------
+
+    def tables(self) -> list[Table]:
+        """All that was measured, for the console."""
+        return [self.table(), *(self.probe_table(name) for name in PROBES if name in self.measures), self.figures()]
+
     def table(self) -> Table:
-        """The matrix of losses, for the console: the stage in which a domain was learned stands in bold."""
-        others = [measure for measure in self.measures if measure != "loss"]
+        """The matrix of losses: the stage in which a domain was learned stands in bold."""
+        others = [measure for measure in self.measures if measure != "loss" and measure not in PROBES]
         names = "".join(f" ({MEASURES[measure][0]})" for measure in others)
-        table = Table(title=f"Held-out loss, {self.unit}{names}", title_justify="left")
+
+        def cell(stage: dict[str, Any], domain: str) -> str:
+            score = stage["scores"][domain]
+            return f"{score['loss']:.3f}" + "".join(f" ({score[one]:{MEASURES[one][1]}})" for one in others)
+
+        return self._matrix_table(f"Held-out loss, {self.unit}{names}", self.domains, cell)
+
+    def probe_table(self, measure: str) -> Table:
+        """The matrix of what questions or end-tasks say."""
+        name, style = MEASURES[measure]
+        columns, matrix = self.columns(measure), self.matrix(measure)
+
+        def cell(stage: dict[str, Any], column: str) -> str:
+            score = matrix[self.stages.index(stage), list(columns).index(column)]
+            entry = stage[PROBES[measure]][column]
+            if measure == "end_task":
+                half = Estimate.of(entry["macro_f1"]).half
+                return f"{score:{style}}" + (f" ± {half:{style}}" if half is not None else "")
+            low, high = entry.get("interval", (None, None))
+            return f"{score:{style}}" + (f" ({low:{style}} to {high:{style}})" if low is not None else "")
+
+        return self._matrix_table(f"{name[0].upper()}{name[1:]}", columns, cell)
+
+    def _matrix_table(
+        self, title: str, columns: Mapping[str, int | None], cell: Callable[[dict[str, Any], str], str]
+    ) -> Table:
+        table = Table(title=title, title_justify="left")
         table.add_column("after")
-        for domain, stage in self.domains.items():
-            table.add_column(domain if stage else f"{domain} (never learned)", justify="right")
+        for column, stage in columns.items():
+            table.add_column(escape(column if stage else f"{column} (never learned)"), justify="right")
         for index, stage in enumerate(self.stages):
-            cells = []
-            for domain, learned in self.domains.items():
-                score = stage["scores"][domain]
-                beside = "".join(f" ({score[measure]:{MEASURES[measure][1]}})" for measure in others)
-                cell = f"{score['loss']:.3f}{beside}"
-                cells.append(f"[bold]{cell}[/bold]" if learned == index else cell)
-            table.add_row(stage["name"], *cells)
+            cells = [(cell(stage, column), learned == index) for column, learned in columns.items()]
+            table.add_row(escape(stage["name"]), *(f"[bold]{text}[/bold]" if own else text for text, own in cells))
         return table
 
     def figures(self) -> Table:
-        """The figures of forgetting, for the console."""
+        """The figures of forgetting, with their intervals."""
         table = Table(title="Forgetting (positive is bad) and transfer (positive is good)", title_justify="left")
         table.add_column("")
         summary = self.summary()
         for measure in summary:
-            table.add_column(measure, justify="right")
-        meanings = {
-            "average": "average over learned domains",
-            "gain": "gain of a domain in its own stage",
-            "backward_transfer": "backward transfer",
-            "forward_transfer": "forward transfer",
-            "forgetting": "forgetting, from the best value",
-            "forgetting_rate": "forgetting rate",
-            "drift": "drift of what was never learned",
-        }
-        for name, meaning in meanings.items():
-            values = [figures[name] for figures in summary.values()]
-            style = ".4f" if name == "average" else "+.4f"
-            table.add_row(meaning, *("–" if value is None else format(value, style) for value in values))
+            table.add_column(MEASURES[measure][0], justify="right")
+
+        def cell(measure: str, name: str) -> str:
+            value, ends = summary[measure][name], self.intervals.get(measure, {}).get(name)
+            style = ".3f" if name == "average" else "+.3f"
+            beside = f" ({ends[0]:{style}} to {ends[1]:{style}})" if ends else ""
+            return "–" if value is None else f"{value:{style}}{beside}"
+
+        for name, meaning in FIGURES.items():
+            table.add_row(meaning, *(cell(measure, name) for measure in summary))
+        if self.intervals:
+            table.caption = "in brackets: 95 % interval, paired bootstrap over documents"
         return table

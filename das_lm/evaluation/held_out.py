@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,12 +27,14 @@ class HeldOut:
         tokens: number of predictions.
         correct: number of those whose most likely class is the right one; `None` if they are no classes.
         values: the targets of a regression, otherwise `None`.
+        bytes: UTF-8 bytes of the text that is predicted; `None` where it is not known.
     """
 
     nats: np.ndarray
     tokens: np.ndarray
     correct: np.ndarray | None = None
     values: np.ndarray | None = None
+    bytes: np.ndarray | None = None
 
     @property
     def loss(self) -> float:
@@ -56,7 +58,20 @@ class HeldOut:
             scores["accuracy"] = self.accuracy
         if self.values is not None:
             scores["r2"] = self.r2
-        return {**scores, "tokens": int(self.tokens.sum()), "documents": len(self.tokens)}
+        scores |= {"tokens": int(self.tokens.sum()), "documents": len(self.tokens)}
+        if self.bytes is not None:
+            scores |= {"bytes": int(self.bytes.sum()), "loss_per_byte": float(self.nats.sum() / self.bytes.sum())}
+        return scores
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The sums, for a file."""
+        columns = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: torch.from_numpy(np.asarray(value)) for name, value in columns.items() if value is not None}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> HeldOut:
+        """What [`tensors`] gave."""
+        return cls(**{name: tensor.numpy() for name, tensor in tensors.items()})
 
 
 @torch.no_grad()
@@ -73,12 +88,13 @@ def held_out_losses(
     Args:
         objective: what a batch asks of the model.
         dataloader: batches, prepared by `accelerator`, which shares them out among the processes. A column `document`,
-            [rows], names the document of each row; without it, each row is one.
+            [rows], names the document of each row; without it, each row is one. A column `bytes`, [rows], counts the
+            bytes of the predicted text.
         progress: caption of a progress bar, shown by the main process.
     """
     was_training = model.training
     model.eval()
-    columns: list[torch.Tensor] = []  # each [rows, 4]: document, losses, predictions, correct ones (or the value)
+    columns: list[torch.Tensor] = []  # each [rows, 5]: document, losses, predictions, correct ones (or value), bytes
     hidden = progress is None or not accelerator.is_main_process
     classifies = predicts = True
     for batch in tqdm(dataloader, desc=progress, unit="batch", leave=False, disable=hidden):
@@ -95,11 +111,19 @@ def held_out_losses(
         rows = len(next(iter(batch.values())))
         sums = per_prediction.new_zeros(rows, 3).index_add(0, output.rows, per_prediction)
         document = batch.get("document", torch.zeros(rows, device=sums.device)).double().unsqueeze(1)
-        columns.append(accelerator.gather_for_metrics(torch.cat([document, sums], dim=1)).cpu())
-        by_document = "document" in batch
+        size = batch.get("bytes", torch.zeros(rows, device=sums.device)).double().unsqueeze(1)
+        columns.append(accelerator.gather_for_metrics(torch.cat([document, sums, size], dim=1)).cpu())
+        by_document, knows_bytes = "document" in batch, "bytes" in batch
     model.train(was_training)
-    documents, nats, tokens, last = torch.cat(columns).numpy().T
+    documents, *sums = torch.cat(columns).numpy().T
     if by_document:
         documents = documents.astype(np.int64)
-        nats, tokens, last = (np.bincount(documents, weights=column) for column in (nats, tokens, last))
-    return HeldOut(nats, tokens, last if classifies else None, last if predicts and not classifies else None)
+        sums = [np.bincount(documents, weights=column) for column in sums]
+    nats, tokens, last, size = sums
+    return HeldOut(
+        nats,
+        tokens,
+        correct=last if classifies else None,
+        values=last if predicts and not classifies else None,
+        bytes=size if knows_bytes else None,
+    )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from scipy.optimize import nnls
 
@@ -71,8 +70,8 @@ def multipliers(
     The v ≥ margin for which g̃ = g + Σ_k v_k g_k is shortest. Then ⟨g̃, g_k⟩ ≥ 0 for all k, and with margin 0 no such g̃
     is nearer to g. All 0 where no constraint is violated to begin with.
 
-    This dual problem is one of non-negative least squares in v − margin. A QR decomposition of the columns g_k and g,
-    parameter by parameter, takes it to K + 1 dimensions, in which it is solved exactly.
+    This dual problem is one of non-negative least squares in v − margin. It depends on the products of the g_k and g
+    alone: with their root, a matrix of K + 1 columns that has the same products, it is solved exactly.
 
     Args:
         gradient: g, a tensor for every parameter.
@@ -80,13 +79,16 @@ def multipliers(
         margin: least value of every multiplier.
     """
     count = len(constraints)
-    triangle = gradient[0].new_zeros(0, count + 1, dtype=torch.float64)
+    products = torch.zeros(count + 1, count + 1, dtype=torch.float64)
     for column, *others in zip(gradient, *constraints, strict=True):
-        block = torch.stack([part.flatten().double() for part in (*others, column)], dim=1)
-        triangle = torch.linalg.qr(torch.cat([triangle, block]), mode="r").R
-    triangle = triangle.cpu().numpy()  # RᵀR holds all products
-    matrix, vector = triangle[:, :count], triangle[:, count]
-    if not np.isfinite(triangle).all() or (matrix.T @ vector >= 0).all():  # infinite in fp16: the step is skipped
+        block = torch.stack([part.flatten() for part in (*others, column)]).double()  # [K + 1, values]
+        products += (block @ block.T).cpu()
+    if not products.isfinite().all():  # infinite in fp16: the step is skipped
+        return [0.0] * count
+    values, vectors = torch.linalg.eigh(products)
+    root = (values.clamp(min=0).sqrt()[:, None] * vectors.T).numpy()
+    matrix, vector = root[:, :count], root[:, count]
+    if (products[:count, count] >= 0).all():
         return [0.0] * count
     solution, _ = nnls(matrix, -(vector + margin * matrix.sum(axis=1)), maxiter=100 * count)
     return (solution + margin).tolist()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -92,20 +94,21 @@ class Importance:
 
     Args:
         values: group key -> accumulated importance I^(≤t) in [0, 1], shape [units].
-        last: the same of the last domain alone, I^(t).
+        by_domain: the same of every domain alone, I^(0), I^(1), …
         domains: what was accumulated, in order; the proxy before the first domain is called `"general"`.
         normalization: how raw importance became importance.
     """
 
     normalization: str
     values: dict[str, torch.Tensor] = field(default_factory=dict)
-    last: dict[str, torch.Tensor] = field(default_factory=dict)
+    by_domain: list[dict[str, torch.Tensor]] = field(default_factory=list)
     domains: list[str] = field(default_factory=list)
 
     def accumulate(self, domain: str, raw: Mapping[str, torch.Tensor]) -> None:
         """Take in a domain: I^(≤t) = max(I^(≤t−1), I^(t)), element-wise (equation 7, EMax)."""
-        self.last = {key: normalize(value, self.normalization) for key, value in raw.items()}
-        self.values = {key: torch.maximum(self.values.get(key, value), value) for key, value in self.last.items()}
+        own = {key: normalize(value, self.normalization) for key, value in raw.items()}
+        self.values = {key: torch.maximum(self.values.get(key, value), value) for key, value in own.items()}
+        self.by_domain.append(own)
         self.domains.append(domain)
 
     def saturation(self) -> dict[str, float]:
@@ -115,9 +118,41 @@ class Importance:
             kinds.setdefault(key.rsplit(".", 1)[1], []).append(value)
         return {kind: torch.cat(values).mean().item() for kind, values in kinds.items()}
 
+    def maps(self, bins: int = 48) -> dict[str, Any]:
+        """
+        What people look at: importance by layer, and how much the domains have in common.
+
+        Args:
+            bins: a layer with more units is shown by the means of as many bins of neighbours.
+
+        Returns:
+            `domains`; `maps`: kind -> domain or `"accumulated"` -> layers -> importance, at most `bins` numbers each;
+            `overlap`: kind -> Spearman's ρ over all units of the kind between the domains, [domains][domains].
+        """
+        parts = {**dict(zip(self.domains, self.by_domain, strict=True)), "accumulated": self.values}
+        kinds: dict[str, list[str]] = {}
+        for key in self.values:
+            kinds.setdefault(key.rsplit(".", 1)[1], []).append(key)
+        maps = {
+            kind: {
+                name: [
+                    [round(chunk.mean().item(), 4) for chunk in part[key].tensor_split(min(bins, len(part[key])))]
+                    for key in keys
+                ]
+                for name, part in parts.items()
+            }
+            for kind, keys in kinds.items()
+        }
+        overlap = {}
+        for kind, keys in kinds.items():
+            values = torch.stack([torch.cat([part[key] for key in keys]) for part in self.by_domain]).cpu()
+            overlap[kind] = _rank_correlation(values)
+        return {"domains": self.domains, "maps": maps, "overlap": overlap}
+
     def save(self, path: Path | str, units: Units) -> None:
         """Write a safetensors file with what is needed to see whether it fits a model."""
-        tensors = {f"{name}.{key}": value for name in ("values", "last") for key, value in getattr(self, name).items()}
+        parts = {"values": self.values, **dict(enumerate(self.by_domain))}
+        tensors = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.items()}
         metadata = {
             "format": "das_lm.importance",
             "version": str(FORMAT_VERSION),
@@ -157,11 +192,20 @@ class Importance:
             )
         _check_fit(path, metadata["model_type"], json.loads(metadata["units"]), units)
         device = next(units.model.parameters()).device
-        parts: dict[str, dict[str, torch.Tensor]] = {"values": {}, "last": {}}
+        parts: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
         for name, tensor in tensors.items():
             part, key = name.split(".", 1)
             parts[part][key] = tensor.to(device)
-        return cls(metadata["normalization"], **parts, domains=json.loads(metadata["domains"]))
+        values = parts.pop("values")
+        by_domain = [parts[number] for number in sorted(parts, key=int)]
+        return cls(metadata["normalization"], values, by_domain, json.loads(metadata["domains"]))
+
+
+def _rank_correlation(values: torch.Tensor) -> list[list[float]]:
+    """Spearman's ρ between the rows of values, shape [rows, units]; a constant row correlates with nothing."""
+    ranks = torch.stack([normalize(row, "rank") for row in values]).double()
+    ranks = nn.functional.normalize(ranks - ranks.mean(1, keepdim=True), dim=1)
+    return [[round(value, 4) for value in row] for row in (ranks @ ranks.T).tolist()]
 
 
 def _check_fit(path: Path, model_type: str, sizes: Mapping[str, int], units: Units) -> None:

@@ -24,11 +24,12 @@ from das_lm.classic.benchmark import (
     learn_all,
 )
 from das_lm.classic.models import MLP
-from das_lm.classic.report import SUMMARY_NAME, TABLE_NAME, Choice, Estimate, Report
+from das_lm.classic.report import SUMMARY_NAME, TABLE_NAME, Choice, Report
 from das_lm.classic.tasks import EXPERIMENTS, Experiment, Task
 from das_lm.cli import main
 from das_lm.errors import UserError
 from das_lm.evaluation.forgetting import FILE_NAME, Results
+from das_lm.evaluation.intervals import Estimate
 from das_lm.methods import METHODS
 from das_lm.trainer import ContinualTrainer
 

@@ -110,17 +110,26 @@ def test_windows_cover_each_document_and_never_mix_two(tokenizer):
         assert len(ids) <= 12
         assert ids[: len(prefix)] == prefix and ids[len(ids) - len(suffix) :] == suffix
         content.setdefault(row["document"], []).extend(ids[len(prefix) : len(ids) - len(suffix)])
-        covered[row["document"]] = covered.get(row["document"], 0) + row["bytes"]
+        assert len(row["bytes"]) == len(ids) and not any(row["bytes"][: len(prefix)])
+        covered[row["document"]] = covered.get(row["document"], 0) + sum(row["bytes"])
     for index, text in enumerate(documents["text"]):
         assert content[index] == [tokenizer.convert_tokens_to_ids(word) for word in text.split()]
         assert covered[index] == len(text.encode())
 
 
-def test_bytes_of_a_window_are_those_of_its_text():
+def test_bytes_of_a_token_are_those_of_its_text():
     tokenizer = make_tokenizer("causal")
-    rows = windows(Dataset.from_dict({"text": [" é 日本 w1 w2 é"]}), tokenizer, 2)
-    # characters: " é 日本 " | "w1 w2 " | "é"; é takes 2 bytes, 日 and 本 take 3 each
-    assert rows["bytes"][:] == [1 + 2 + 1 + 6 + 1, 6, 2]
+    rows = windows(Dataset.from_dict({"text": [" é 日本 w1 w2 é "]}), tokenizer, 2)
+    # characters: " é", " 日本" | " w1", " w2" | " é "; é takes 2 bytes, 日 and 本 take 3 each
+    assert rows["bytes"][:] == [[3, 7], [3, 3], [4]]
+
+
+def test_tokens_of_one_character_count_its_bytes_once():
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={byte: index for index, byte in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    rows = windows(Dataset.from_dict({"text": ["a日b"]}), PreTrainedTokenizerFast(tokenizer_object=tokenizer), 9)
+    assert rows["bytes"][:] == [[1, 3, 0, 0, 1]]
 
 
 def test_long_documents_raise_no_warning(tokenizer, caplog):

@@ -59,7 +59,7 @@ def train(directory, batch_size):
         if trainer.is_world_process_zero():
             importance = trainer.methods[0].importance
             tensors = {f"values.{key}": value for key, value in importance.values.items()}
-            tensors |= {f"last.{key}": value for key, value in importance.last.items()}
+            tensors |= {f"last.{key}": value for key, value in importance.by_domain[-1].items()}
             tensors |= {f"parameters.{key}": value.detach().clone() for key, value in trainer.model.named_parameters()}
             save_file(tensors, f"{directory}/{name}.safetensors")
             logs = [entry for entry in trainer.state.log_history if "loss" in entry]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from scipy.stats import spearmanr
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM
 
@@ -234,8 +235,11 @@ def test_paper_is_not_monotone_and_the_others_are():
         assert (normalize(raw, how).diff() >= 0).all()
 
 
+KINDS = {"head": 4, "output": 50}
+
+
 def test_emax():
-    """I^(≤t) is the element-wise maximum over the domains, and `last` the newest domain's own."""
+    """I^(≤t) is the element-wise maximum over the domains, each of which is kept."""
     raws = {
         "general": [4.0, 3.0, 2.0, 1.0, 0.0],
         "bio": [0.0, 1.0, 2.0, 3.0, 4.0],
@@ -246,7 +250,9 @@ def test_emax():
         importance.accumulate(domain, {"layers.0.head": torch.tensor(raw)})
     # ranks: [1, .75, .5, .25, 0], [0, .25, .5, .75, 1], [.375, .375, 1, .375, .375]
     torch.testing.assert_close(importance.values["layers.0.head"], torch.tensor([1, 0.75, 1, 0.75, 1]))
-    torch.testing.assert_close(importance.last["layers.0.head"], torch.tensor([0.375, 0.375, 1, 0.375, 0.375]))
+    torch.testing.assert_close(
+        importance.by_domain[-1]["layers.0.head"], torch.tensor([0.375, 0.375, 1, 0.375, 0.375])
+    )
     assert importance.domains == ["general", "bio", "cs"]
 
 
@@ -260,6 +266,27 @@ def test_saturation_is_the_mean_over_all_units_of_a_kind():
         },
     )
     assert importance.saturation() == {"head": pytest.approx(0.5), "output": pytest.approx(0.25)}
+
+
+def test_maps_are_what_people_look_at():
+    """Means of bins of neighbours by layer, and the rank correlation of the domains over all layers of a kind."""
+    draw = torch.Generator().manual_seed(3)
+    importance = Importance("positive")
+    for domain in ("general", "bio"):
+        raw = {f"layers.{n}.{kind}": torch.rand(size, generator=draw) for n in (0, 1) for kind, size in KINDS.items()}
+        importance.accumulate(domain, raw)
+    maps = importance.maps(bins=10)
+    assert maps["domains"] == ["general", "bio"] and set(maps["maps"]) == set(KINDS) == set(maps["overlap"])
+    for name, part in (("bio", importance.by_domain[1]), ("accumulated", importance.values)):
+        assert maps["maps"]["head"][name] == [
+            pytest.approx(part[f"layers.{layer}.head"].tolist(), abs=1e-4) for layer in (0, 1)
+        ]
+        binned = [part[f"layers.{layer}.output"].view(10, 5).mean(1).tolist() for layer in (0, 1)]
+        assert maps["maps"]["output"][name] == [pytest.approx(row, abs=1e-4) for row in binned]
+    rows = [torch.cat([part[f"layers.{layer}.output"] for layer in (0, 1)]).numpy() for part in importance.by_domain]
+    expected = spearmanr(*rows).statistic
+    overlap = maps["overlap"]["output"]
+    assert overlap[0][1] == overlap[1][0] == pytest.approx(expected, abs=1e-4) and overlap[0][0] == 1.0
 
 
 # ---- the file ------------------------------------------------------------------------------------------------------
@@ -281,11 +308,12 @@ def test_round_trip(saved):
     for path in (directory, directory / FILE_NAME, str(directory)):
         loaded = Importance.load(path, units)
         assert loaded.normalization == "positive" and loaded.domains == ["general", "bio"]
-        for part in ("values", "last"):
-            ours, theirs = getattr(loaded, part), getattr(importance, part)
+        assert len(loaded.by_domain) == 2
+        parts = zip([loaded.values, *loaded.by_domain], [importance.values, *importance.by_domain], strict=True)
+        for ours, theirs in parts:
             assert ours.keys() == theirs.keys() == units.sizes.keys()
             assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-    assert any(not torch.equal(loaded.values[key], loaded.last[key]) for key in units.sizes)
+    assert any(not torch.equal(loaded.values[key], loaded.by_domain[-1][key]) for key in units.sizes)
     assert sorted(path.name for path in directory.iterdir()) == [FILE_NAME]
 
 

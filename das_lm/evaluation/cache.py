@@ -1,0 +1,73 @@
+"""What has been measured, kept by (model, data, measure), so that nothing is measured twice."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from das_lm.evaluation.held_out import HeldOut
+from das_lm.files import write_tensors
+
+if TYPE_CHECKING:
+    from torch import nn
+
+DIRECTORY = "measured"
+
+
+def fingerprint(*parts: Any) -> str:
+    """A short name that is a pure function of arrays, tensors, text and numbers."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        if isinstance(part, torch.Tensor):
+            digest.update(f"{part.dtype}{tuple(part.shape)}".encode())
+            part = part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        else:
+            part = repr(part).encode()
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """What a model is: its architecture and every weight, wherever it was loaded from."""
+    parts = [part for name, tensor in sorted(model.state_dict().items()) for part in (name, tensor)]
+    return fingerprint(type(model).__name__, *parts)
+
+
+class Cache:
+    """
+    A directory with one safetensors file per measurement: tensors, and facts as JSON. A file that cannot be read is as
+    good as none.
+
+    Args:
+        directory: made with the first measurement.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+
+    def get(self, key: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+        """Tensors and facts of a measurement, if it was made."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self.directory / f"{key}.safetensors", framework="pt") as file:
+                facts = json.loads((file.metadata() or {})["facts"])
+                return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118 (not a dict)
+        except (OSError, SafetensorError, ValueError, KeyError):
+            return None
+
+    def put(self, key: str, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
+        """Keep a measurement."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        metadata = {"format": "das_lm.measured", "version": "1", "facts": json.dumps(facts)}
+        write_tensors(self.directory / f"{key}.safetensors", tensors, metadata)
+
+    def held_out(self, key: str) -> HeldOut | None:
+        """A measurement of held-out text, if it was made."""
+        found = self.get(key)
+        return HeldOut.from_tensors(found[0]) if found else None

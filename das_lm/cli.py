@@ -115,7 +115,14 @@ class EvaluateOptions:
 
     _argument_group_name = "evaluation"
 
-    run: str | None = dataclasses.field(default=None, metadata={"help": "Output directory of das-lm pretrain."})
+    run: str | None = dataclasses.field(
+        default=None,
+        metadata={
+            "aliases": ["--run_dir"],
+            "help": "Output directory of das-lm pretrain. (--run_dir where torchrun takes --run for an option of its "
+            "own.)",
+        },
+    )
     checkpoint: list[str] | None = dataclasses.field(
         default=None,
         metadata={

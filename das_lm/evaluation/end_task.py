@@ -182,7 +182,9 @@ def load_task(source: str, text_column: str = "text", label_column: str = "label
         examples["train"] = [train[row] for row in sorted(order[size:])]
     for split, rows in examples.items():
         if not rows:
-            reasons = ", ".join(f"{reason} ({count:,})" for reason, count in skipped.items() if split in reason)
+            reasons = ", ".join(
+                f"{reason} ({count:,})" for reason, count in skipped.items() if reason.startswith(split)
+            )
             raise UserError(f"end-task '{source}': {split} has no row to use. {reasons}")
     name = Path(source.removeprefix("hub:")).resolve().name
     return Task(name, classes, examples["train"], examples["dev"], examples["test"], dict(skipped))
@@ -194,12 +196,11 @@ def _file_splits(directory: Path) -> dict[str, Rows]:
             f"end-task '{directory}' is no directory; give one with train, dev and test as .jsonl or .csv, or "
             "hub:ORGANISATION/NAME"
         )
-    files = {path.name: path for path in sorted(directory.iterdir()) if path.suffix in (".jsonl", ".csv")}
-    stems = [path.stem for path in files.values()]
-    for stem in stems:
-        if stems.count(stem) > 1:
-            raise UserError(f"end-task '{directory}': both {stem}.csv and {stem}.jsonl are there; remove one")
-    return _splits(f"'{directory}'", {path.stem: read_rows(path) for path in files.values()})
+    files: dict[str, Path] = {}
+    for path in sorted(directory.iterdir()):
+        if path.suffix in (".jsonl", ".csv") and files.setdefault(path.stem, path) != path:
+            raise UserError(f"end-task '{directory}': both {files[path.stem].name} and {path.name} are there")
+    return _splits(f"'{directory}'", {split: read_rows(path) for split, path in files.items()})
 
 
 def _hub_splits(name: str) -> dict[str, Rows]:

@@ -591,8 +591,8 @@ def frontier(curves: Sequence[Mapping[str, Any]], unit: str, tables: Mapping[str
             axes.errorbar(
                 [point["gain"] for point in points],
                 [point[loss] for point in points],
-                xerr=[point["gain_half"] or 0 for point in points],
-                yerr=[point[f"{loss}_half"] or 0 for point in points],
+                xerr=[point["gain_half"] or np.nan for point in points],
+                yerr=[point[f"{loss}_half"] or np.nan for point in points],
                 color=colour,
                 linestyle=dashes,
                 linewidth=1.3,

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from rich.progress import track
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
@@ -173,7 +175,7 @@ def cloze_accuracy(
     (`model.can_generate()`) scores it by log p of the whole text with the candidate in its place.
 
     Args:
-        model: on any device; every process that calls this asks all questions.
+        model: on any device. Several processes share the questions out, and all get all answers.
         tokenizer: a fast one.
         questions: what to ask. Skipped and counted are those with a candidate that has no token, that holds a word
             which the tokenizer does not know, or with which the text is longer than the model reads.
@@ -209,21 +211,26 @@ def cloze_accuracy(
     answers = tuple(
         dict.fromkeys(q.answer for q, texts in zip(questions.usable, own, strict=True) if isinstance(texts, list))
     )
-    right, candidates, skipped = [], [], Counter(questions.skipped)
+    state = PartialState(cpu=not torch.cuda.is_available())
+    asked = list(enumerate(zip(questions.usable, own, strict=True)))[state.process_index :: state.num_processes]
+    outcomes: list[tuple[int, bool, int] | tuple[int, str]] = []  # right or not, of how many; or why not asked
     was_training = model.training
     model.eval()
-    asked = list(zip(questions.usable, own, strict=True))
-    for question, texts in track(asked, progress or "", transient=True, disable=progress is None):
+    hidden = progress is None or not state.is_main_process
+    for number, (question, texts) in track(asked, progress or "", transient=True, disable=hidden):
         choices = question.choices or answers
         if isinstance(texts, list):
             texts = filled(question, choices) if len(choices) > 1 else "a single choice"
         if isinstance(texts, str):
-            skipped[texts] += 1
+            outcomes.append((number, texts))
             continue
         scores = scores_of(model, tokenizer, texts, batch_size)
         answer = choices.index(question.answer)
-        right.append(bool(scores[answer] > np.delete(scores, answer).max()))
-        candidates.append(len(choices))
+        outcomes.append((number, bool(scores[answer] > np.delete(scores, answer).max()), len(choices)))
+    outcomes = sorted(gather_object(outcomes))
+    right = [outcome[1] for outcome in outcomes if len(outcome) == 3]
+    candidates = [outcome[2] for outcome in outcomes if len(outcome) == 3]
+    skipped = Counter(questions.skipped) + Counter(outcome[1] for outcome in outcomes if len(outcome) == 2)
     model.train(was_training)
     if not right:
         raise UserError(f"cloze questions: not one can be asked{_reasons(skipped)}")

@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from tokenizers import normalizers, processors
+from tokenizers import models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, ByT5Tokenizer, GPT2Config, GPT2LMHeadModel, RobertaForMaskedLM
 
 from das_lm.data.embedded import BASE_MODEL
@@ -87,6 +87,18 @@ def test_a_causal_model_scores_the_whole_text(adds_start):
     cloze = cloze_accuracy(model, tokenizer, questions, batch_size=3)
     assert cloze.right.tolist() == [naive_right(question, score) for question in questions.usable]
     assert 0 < cloze.accuracy < 1
+
+
+def test_a_token_may_begin_with_the_space_before_the_answer():
+    """As SentencePiece has it: the same ids, other characters."""
+    words = {f"▁{word}" if word in WORDS else word: index for word, index in build_tokenizer().get_vocab().items()}
+    tokenizer = build_tokenizer()
+    tokenizer.backend_tokenizer.model = models.WordLevel(words, unk_token="<unk>")
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    assert tokenizer("w1 w2", return_offsets_mapping=True)["offset_mapping"][2] == (2, 5)
+    questions = random_questions(20)
+    expected = cloze_accuracy(tiny_roberta(), build_tokenizer(), questions)
+    np.testing.assert_array_equal(cloze_accuracy(tiny_roberta(), tokenizer, questions).right, expected.right)
 
 
 def test_the_base_model_knows_general_facts_and_no_others():

@@ -1,0 +1,38 @@
+"""Measuring under two real processes gives what one gives, and one of them writes."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from das_lm.cli import main
+from das_lm.evaluation.forgetting import Results
+from tests.end_to_end.test_command_line import ROOT
+from tests.test_evaluate import probes  # noqa: F401 (a fixture)
+from tests.test_pretrain import finished, world  # noqa: F401 (fixtures)
+
+
+def test_two_processes_measure_what_one_does(finished, probes, tmp_path):  # noqa: F811
+    for name in ("one", "two"):
+        shutil.copytree(finished, tmp_path / name)
+        shutil.rmtree(tmp_path / name / "measured")
+    options = [*probes[:2], "--pseudo_perplexity", "2"]
+    assert main(["evaluate", "--run", str(tmp_path / "one"), *options]) == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(ROOT / "scripts" / "evaluate_forgetting.py"), "--run_dir", str(tmp_path / "two"), *options]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("forgetting rate") == 1
+    one, two = (Results.load(tmp_path / name) for name in ("one", "two"))
+    for here, there in zip(one.stages, two.stages, strict=True):
+        assert here["cloze"] == there["cloze"]
+        for key in ("scores", "pseudo"):
+            for domain, score in here[key].items():
+                assert there[key][domain] == pytest.approx(score, rel=1e-6)
+    assert json.loads((tmp_path / "two" / "forgetting.json").read_text())["summary"]["loss"] == pytest.approx(
+        one.summary()["loss"], abs=1e-6
+    )

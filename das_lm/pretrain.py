@@ -36,8 +36,8 @@ from das_lm.data.packing import pack, windows
 from das_lm.errors import UserError
 from das_lm.evaluation.cache import DIRECTORY as CACHE_NAME
 from das_lm.evaluation.cache import Cache, fingerprint, model_fingerprint
+from das_lm.evaluation.forgetting import FIGURES_NAME, PAGE_NAME, Results
 from das_lm.evaluation.forgetting import FILE_NAME as RESULTS_NAME
-from das_lm.evaluation.forgetting import Results
 from das_lm.files import broken_file, newest_checkpoint, seal, write_text
 from das_lm.methods import METHODS
 from das_lm.model_card import HubRepository, write_card
@@ -78,7 +78,9 @@ class Stage:
         return self.directory.is_dir() and broken_file(self.directory) is None
 
 
-def continual_pretrain(recipe: Recipe, resume: bool = False, overwrite: bool = False, halves: bool = False) -> Results:
+def continual_pretrain(
+    recipe: Recipe, resume: bool = False, overwrite: bool = False, halves: bool = False, report: bool = True
+) -> Results:
     """
     Take a model through the domains of a recipe, one after the other, and measure after each what it learned and lost.
 
@@ -89,6 +91,7 @@ def continual_pretrain(recipe: Recipe, resume: bool = False, overwrite: bool = F
         overwrite: remove what an earlier run left in the output directory.
         halves: the curves during training are measured on one half of the held-out documents, so that something can
             be chosen by them, and the result matrix on the other.
+        report: in the end, show all of it in `report.html`.
 
     Returns:
         the result matrix and its figures, as in `forgetting.json`.
@@ -108,7 +111,10 @@ def continual_pretrain(recipe: Recipe, resume: bool = False, overwrite: bool = F
     try:
         with state.main_process_first():
             text, tokenizer = _load_text(recipe, console), load_tokenizer(model_path(recipe), recipe)
-        return _walk(recipe, output, overwrite, halves, text, tokenizer, state, console)
+        results = _walk(recipe, output, overwrite, halves, text, tokenizer, state, console)
+        if report and state.is_main_process:
+            console.print(f"Report: {_report(output)}", soft_wrap=True)
+        return results
     except (OSError, SafetensorError, RuntimeError) as error:
         if _is_about_disk(error):
             raise UserError(
@@ -314,6 +320,12 @@ def _curves_in(directory: Path) -> Iterator[None]:
         del os.environ["TENSORBOARD_LOGGING_DIR"]
 
 
+def _report(output: Path) -> Path:
+    from das_lm.evaluation.report import write_report
+
+    return write_report([output])
+
+
 def _save(trainer: ContinualTrainer, directory: Path) -> None:
     """Save a finished domain: whole under its name, or not there."""
     partial = directory.with_name(f".{directory.name}.partial")
@@ -498,9 +510,10 @@ def _open_output(output: Path, recipe: Recipe, overwrite: bool) -> None:
         # Only what a run writes, and the recipe last: whatever is interrupted here can be overwritten again.
         for path in [*output.glob("[0-9]*-*"), *output.glob(".[0-9]*-*.partial")]:
             shutil.rmtree(path)
-        for name in (CACHE_NAME, CURVES_NAME):
+        for name in (CACHE_NAME, CURVES_NAME, FIGURES_NAME):
             shutil.rmtree(output / name, ignore_errors=True)
-        (output / RESULTS_NAME).unlink(missing_ok=True)
+        for name in (PAGE_NAME, RESULTS_NAME):
+            (output / name).unlink(missing_ok=True)
         (output / RECIPE_NAME).unlink()
     output.mkdir(parents=True, exist_ok=True)
     if not (output / RECIPE_NAME).is_file():

@@ -164,7 +164,7 @@ def sweep(
         name = escape(str(directory.relative_to(output)))
         console.rule(f"[bold]run {number + 1} of {len(todo)}: {name}[/bold]{about}", align="left")
         try:
-            continual_pretrain(one, resume=(directory / RECIPE_NAME).is_file())
+            continual_pretrain(one, resume=(directory / RECIPE_NAME).is_file(), report=False)
         except UserError as error:
             failed[directory] = str(error)
             console.print(f"[red]failed:[/red] {escape(str(error))}", soft_wrap=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -29,7 +28,7 @@ from das_lm.data.blocks import (
     addressed_seed,
     collate,
 )
-from das_lm.data.packing import pack, windows
+from das_lm.data.packing import longest_input, pack, windows
 from das_lm.errors import UserError, did_you_mean
 from das_lm.evaluation.held_out import HeldOut, held_out_losses
 from das_lm.files import broken_file, newest_checkpoint, seal, write_json
@@ -461,12 +460,7 @@ def _refuse(args: DASConfig) -> None:
 
 
 def _check_length(max_length: int, model: nn.Module, tokenizer: Any) -> int:
-    positions = getattr(model.config, "max_position_embeddings", None) or math.inf
-    for name, module in model.base_model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-            # RoBERTa counts positions from padding_idx + 1.
-            positions = module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
-    limit = min(positions, tokenizer.model_max_length)
+    limit = longest_input(model, tokenizer)
     if max_length > limit:
         raise UserError(f"max_length: {max_length} is beyond what the model reads, {limit} tokens")
     return max_length

@@ -87,6 +87,14 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_report_of_every_run():
+    """Drawing takes longer than these runs; `tests/end_to_end` sees the report that ends a recipe."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("das_lm.pretrain._report", lambda output: output / "report.html")
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return build_tokenizer()

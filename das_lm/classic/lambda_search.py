@@ -964,7 +964,7 @@ class _RecipeTrial:
         output.mkdir(parents=True, exist_ok=True)
         with open(f"{output}.log", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
             try:
-                results = continual_pretrain(recipe, resume=(output / RECIPE_NAME).is_file(), halves=True)
+                results = continual_pretrain(recipe, (output / RECIPE_NAME).is_file(), halves=True, report=False)
             except UserError as error:
                 return _diverged(error)
         if not (shared / "forgetting.json").is_file():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from torch import nn
 
 from das_lm.errors import UserError
 
@@ -115,6 +117,16 @@ def special_tokens(tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[
         if whole[start : start + len(text)] == text:
             return whole[:start], whole[start + len(text) :]
     raise UserError("the tokenizer changes a text when it adds special tokens, so that they cannot be told apart")
+
+
+def longest_input(model: nn.Module, tokenizer: PreTrainedTokenizerFast) -> float:
+    """Tokens that a model reads at most; infinity if there is no limit."""
+    positions = getattr(model.config, "max_position_embeddings", None) or math.inf
+    for name, module in model.base_model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            # RoBERTa counts positions from padding_idx + 1.
+            positions = module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return min(positions, tokenizer.model_max_length)
 
 
 def _room(max_length: int, prefix: list[int], suffix: list[int]) -> int:

@@ -221,7 +221,7 @@ def _read_csv(path: str, column: str) -> Iterator[str | None]:
         for row in reader:
             yield row[column]
     except csv.Error as error:
-        raise UserError(f"{path}:{reader.line_num}: broken CSV ({error})") from None
+        raise UserError(f"{path}:{reader.reader.line_num}: broken CSV ({error})") from None
 
 
 def _read_parquet(path: str, column: str) -> Iterator[str | None]:

@@ -14,8 +14,8 @@ import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from das_lm.data.blocks import permutation
+from das_lm.data.packing import longest_input
 from das_lm.errors import UserError
-from das_lm.evaluation.probes import longest_input
 from das_lm.evaluation.rows import read_rows
 from das_lm.plain_words import describe_value
 

@@ -313,7 +313,7 @@ def _curve_axes(results: Results, ends: np.ndarray, label: str, panels: int = 1)
         axes.grid(axis="y", color="0.92", linewidth=0.6)
         axes.set_axisbelow(True)
     all_axes[-1].set_xlabel(label)
-    all_axes[-1].set_xlim(0, ends[-1])
+    all_axes[-1].set_xlim(-0.01 * ends[-1], 1.01 * ends[-1])  # dots at the ends are whole
     all_axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     for start, end, stage in zip(ends[:-1], ends[1:], results.stages[1:], strict=True):
         letters = int(70 * (end - start) / ends[-1])  # as many as fit

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from das_lm.evaluation.held_out import HeldOut
 
 FILE_NAME = "forgetting.json"
+PAGE_NAME, FIGURES_NAME = "report.html", "figures"  # what is shown of it
 FORMAT_VERSION = 1
 #: What is scored -> its name for people, and how one score is written.
 MEASURES = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -15,10 +14,10 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from rich.progress import track
-from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from das_lm.data import embedded
+from das_lm.data.packing import longest_input
 from das_lm.errors import UserError, did_you_mean
 from das_lm.evaluation.rows import read_rows
 
@@ -235,16 +234,6 @@ def cloze_accuracy(
     if not right:
         raise UserError(f"cloze questions: not one can be asked{_reasons(skipped)}")
     return Cloze(np.array(right), np.array(candidates), dict(skipped))
-
-
-def longest_input(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> float:
-    """Tokens that a model reads at most; infinity if there is no limit."""
-    positions = getattr(model.config, "max_position_embeddings", None) or math.inf
-    for name, module in model.base_model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-            # RoBERTa counts positions from padding_idx + 1.
-            positions = module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
-    return min(positions, tokenizer.model_max_length)
 
 
 #: Token ids of a text with a candidate in its place, and the positions of the candidate's tokens.

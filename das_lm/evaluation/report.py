@@ -32,11 +32,11 @@ from das_lm.evaluation.figures import (
     frontier,
     score,
 )
-from das_lm.evaluation.forgetting import FIGURES, MEASURES, PROBES, Results
+from das_lm.evaluation.forgetting import FIGURES, FIGURES_NAME, MEASURES, PAGE_NAME, PROBES, Results
 from das_lm.evaluation.intervals import Estimate
 from das_lm.files import write_text
 
-PAGE_NAME, FIGURES_NAME, SEVERAL_NAME = "report.html", "figures", "report"
+SEVERAL_NAME = "report"  # where the page of several runs goes
 TEMPLATES = Path(__file__).parent / "templates"
 #: Figures of `summarize` for which a positive value is good.
 GOOD = ("gain", "backward_transfer", "forward_transfer")

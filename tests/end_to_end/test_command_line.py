@@ -121,6 +121,15 @@ def test_the_readme_command_runs_the_whole_recipe(tmp_path):
     matrix = results.matrix()  # [stages, (general, bio, cs)]
     assert matrix[1, 1] < matrix[0, 1] - 0.5 and matrix[2, 2] < matrix[1, 2] - 0.5  # both domains are learned
     assert "forgetting rate" in result.stdout
+    # What was seen on the way, and the page that shows it.
+    for stage in results.stages[1:]:
+        assert [entry["step"] for entry in stage["history"] if "held_out" in entry] == [20, 40, 60, 80, 100]
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert (
+        page.rstrip().endswith("</html>") and page.count("<svg") == len(list(tmp_path.glob("run/figures/*.svg"))) > 5
+    )
+    assert list((tmp_path / "run" / "tensorboard" / "2-cs").glob("events.*"))
+    assert set(results.intervals) == {"loss", "accuracy"} and results.integrated_loss().keys() == {"bio", "cs"}
 
 
 def test_das_lm_and_the_script_take_the_same_options(world, tmp_path, capsys):  # noqa: F811

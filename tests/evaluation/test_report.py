@@ -344,6 +344,7 @@ def chromium(tmp_path):
     def open_page(path, *options):
         command = [program, "--headless", "--disable-gpu", "--hide-scrollbars", "--window-size=1000,2400"]
         command += [f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--v=0"]
+        command += ["--disable-background-networking", "--no-first-run"]  # its own requests
         command += ["--no-sandbox"] if os.geteuid() == 0 else []
         done = subprocess.run(
             [*command, *options, path.absolute().as_uri()], capture_output=True, text=True, timeout=120

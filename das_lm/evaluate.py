@@ -28,7 +28,7 @@ from das_lm.evaluation.end_task import EndTaskConfig, Task, fine_tune, load_task
 from das_lm.evaluation.forgetting import FILE_NAME, Results
 from das_lm.evaluation.held_out import HeldOut
 from das_lm.evaluation.probes import Questions, cloze_accuracy, load_questions
-from das_lm.pretrain import RECIPE_NAME, held_out_windows, load_model, load_tokenizer, model_path, stages_of
+from das_lm.pretrain import RECIPE_NAME, held_out_windows, is_causal, load_model, load_tokenizer, model_path, stages_of
 from das_lm.recipe import Recipe, load_recipe
 from das_lm.trainer import ContinualTrainer
 from das_lm.units import Architecture
@@ -178,6 +178,8 @@ def _evaluate(
         use_all_cores()
     transformers.utils.logging.disable_progress_bar()  # of loading weights
     console = Console(quiet=not state.is_main_process, highlight=False)
+    if probes.pseudo_perplexity and any(is_causal(recipe, path) for path in paths):
+        raise UserError("pseudo_perplexity: is of masked language models; a causal one has a perplexity of its own")
     questions = {name: load_questions(source) for name, source in probes.cloze.items()}
     tasks = {name: load_task(source) for name, source in probes.end_tasks.items()}
     tokenizers = [load_tokenizer(path, recipe) for path in paths]
@@ -195,7 +197,7 @@ def _evaluate(
             windows = held_out_windows(recipe, dict(text), tokenizer, model.trainer.args)[0]
             measured = {name: model.held_out(remembered, stage, name, one) for name, one in windows.items()}
             held_out.append(measured)
-            stage["scores"] = {name: one.measures() for name, one in measured.items()}
+            stage["scores"] = {name: one.measures(model.trainer.objective.causal) for name, one in measured.items()}
             if probes.pseudo_perplexity:
                 stage["pseudo"] = {
                     name: model.pseudo_perplexity(remembered, stage, name, one, probes.pseudo_perplexity)

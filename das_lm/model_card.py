@@ -55,16 +55,21 @@ def model_card(results: Results, directory: Path, repository: str | None = None)
     start = "das-lm's built-in model" if base == "built-in" else start
     order = "one after the other" if recipe["schedule"] == "sequential" else recipe["schedule"]
     sources = [domain["data"] for domain in recipe["domains"] if domain["name"] in learned]
+    task, kind, loader = (
+        ("text-generation", "causal", "AutoModelForCausalLM")
+        if results.causal
+        else ("fill-mask", "masked", "AutoModelForMaskedLM")
+    )
     data = ModelCardData(
         library_name="transformers",
-        pipeline_tag="fill-mask",
+        pipeline_tag=task,
         tags=["das-lm", "continual-pretraining", "continual-learning", *recipe["method"]],
         base_model=base if _is_on_hub(base) else None,
         datasets=[source.removeprefix("hub:") for source in sources if _is_hub_data(source)] or None,
         model_name=(repository or directory.name).split("/")[-1],
         eval_results=[
             EvalResult(
-                task_type="fill-mask",
+                task_type=task,
                 dataset_type=domain,
                 dataset_name=f"held-out text of {domain}",
                 metric_type=measure,
@@ -72,18 +77,18 @@ def model_card(results: Results, directory: Path, repository: str | None = None)
                 metric_value=round(score[measure], 6),
             )
             for domain, score in stage["scores"].items()
-            for measure, name in (("loss", f"loss, {results.unit}"), ("accuracy", "top-1 accuracy of masked tokens"))
+            for measure, name in (("loss", f"loss, {results.unit}"), ("accuracy", "top-1 accuracy"))
         ],
     )
     place = json.dumps(repository or directory.name, ensure_ascii=False)
     parts = [
         f"# {start} after {_plain(', '.join(learned))}",
-        f"{start}, further trained by masked language modeling on {_bold(learned)}"
+        f"{start}, further trained by {kind} language modeling on {_bold(learned)}"
         f"{f' ({order})' if len(learned) > 1 else ''} with the method `{'+'.join(recipe['method'])}` of das-lm: "
         f"stage {number} of {count}.",
         "## Load it",
-        "```python\nfrom transformers import AutoModelForMaskedLM, AutoTokenizer\n\n"
-        f"model = AutoModelForMaskedLM.from_pretrained({place})\n"
+        f"```python\nfrom transformers import {loader}, AutoTokenizer\n\n"
+        f"model = {loader}.from_pretrained({place})\n"
         f"tokenizer = AutoTokenizer.from_pretrained({place})\n```",
         "Nothing but `transformers` is needed. To teach it a further domain, from a copy on disk:",
         "```shell\ndas-lm pretrain --recipe RECIPE --model_name_or_path DIRECTORY --domain NAME=PATH\n```",
@@ -190,10 +195,10 @@ def _limits(results: Results) -> list[str]:
     missing = [words for key, words in others.items() if key not in results.stages[-1]]
     seed = results.run["recipe"].get("training", {}).get("seed", 42)
     return [
-        f"Measured on masked tokens of held-out documents{''.join(f', {words}' for words in measured)}; not measured: "
+        f"Measured on {'' if results.causal else 'masked '}tokens of held-out documents{''.join(f', {words}' for words in measured)}; not measured: "
         f"{', '.join([*missing, 'bias', 'toxicity', 'facts in free text'])}. What the base model and the text hold of "
         "these, this model may hold too.",
-        "A loss per token can be compared only between models with the same tokenizer, on the same text and masks.",
+        "A loss per token can be compared only between models with the same tokenizer, on the same text.",
         f"One run with seed {seed}: the intervals are about the choice of documents, not about another seed.",
         *(
             f"About the text: {_plain(warning)}"

@@ -1,5 +1,5 @@
-"""What a batch asks of a model: masked language modeling, whose LM head sees only the tokens that are predicted, or
-whatever loss a module returns."""
+"""What a batch asks of a model: language modeling, masked or causal, whose LM head sees only the positions that
+predict, or whatever loss a module returns."""
 
 from __future__ import annotations
 
@@ -66,27 +66,34 @@ class Output:
         return self.row_sums(rows) / torch.bincount(self.rows, minlength=rows).clamp(min=1)
 
 
-class MaskedLanguageModeling:
+class LanguageModeling:
     """
-    Cross-entropy at the predicted tokens.
+    Cross-entropy at the positions that have a label: of a masked language model the token that was masked there, of a
+    causal one the token that follows.
 
     Args:
         units: of the model, which know its LM head.
+        causal: which of the two it is.
     """
 
-    name = "mlm"
-
-    def __init__(self, units: Units):
-        self.units = units
+    def __init__(self, units: Units, causal: bool):
+        self.units, self.causal = units, causal
+        self.name = "clm" if causal else "mlm"
 
     def __call__(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Output:
         """Run `model` (or what wraps it) on `input_ids`, `attention_mask` and `labels`, each [rows, tokens]."""
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         return run_language_model(model, self.units, inputs, batch["labels"])
 
-    def of(self, model: nn.Module) -> MaskedLanguageModeling:
+    def unmasked(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The token ids of the text itself, [rows, tokens]: those before masking, which the labels remember."""
+        if self.causal:
+            return batch["input_ids"]
+        return torch.where(batch["labels"] == IGNORED, batch["input_ids"], batch["labels"])
+
+    def of(self, model: nn.Module) -> LanguageModeling:
         """The same for a copy of the model."""
-        return MaskedLanguageModeling(Units(model, self.units.architecture))
+        return LanguageModeling(Units(model, self.units.architecture), self.causal)
 
     def flattened(self, batch: Mapping[str, torch.Tensor]) -> tuple[nn.Module, torch.Tensor]:
         """The module that sees predictions instead of rows, and the row of each: see `PerExample`."""
@@ -102,7 +109,7 @@ class ModuleLoss:
             with `loss` and `logits`, or a tuple of the two, for the methods that look at predictions.
     """
 
-    name = "task"
+    name, causal = "task", False
 
     def __init__(self, model: nn.Module):
         parameters = inspect.signature(model.forward).parameters

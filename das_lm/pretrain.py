@@ -25,12 +25,13 @@ from accelerate import PartialState
 from rich.console import Console
 from rich.markup import escape
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from das_lm import __version__
 from das_lm.cpu import use_all_cores
-from das_lm.data.blocks import HeldOutWindows, MLMMasking, TrainingBlocks
-from das_lm.data.embedded import BASE_MODEL
+from das_lm.data.blocks import HeldOutWindows, TrainingBlocks, labeling
+from das_lm.data.embedded import BASE_MODEL, CAUSAL_MODEL
 from das_lm.data.leakage import find_leakage
 from das_lm.data.packing import pack, windows
 from das_lm.errors import UserError
@@ -137,7 +138,8 @@ def _walk(
     learned = {domain.name: index for index, stage in enumerate(stages, 1) for domain in stage.domains}
     domains = {domain.name: learned.get(domain.name) for domain in [*recipe.measure, *recipe.domains]}
     args = recipe.training_arguments(None, str(output))
-    masking = MLMMasking(tokenizer, args.mlm_probability)
+    causal = is_causal(recipe)
+    masking = labeling(tokenizer, causal, args.mlm_probability)
     with state.main_process_first():
         packed = {d.name: _pack(text[d.name].train, tokenizer, args.max_length) for d in recipe.domains}
         held_out, development = held_out_windows(
@@ -170,7 +172,7 @@ def _walk(
         )
 
     hub = HubRepository(args, output.absolute().name) if args.push_to_hub and state.is_main_process else None
-    results = Results(domains, run=_facts(recipe, text, args))
+    results = Results(domains, run=_facts(recipe, text, args), unit=f"nats per {'' if causal else 'masked '}token")
     if (output / RESULTS_NAME).is_file() and not overwrite:
         earlier = Results.load(output)
         results.stages, results.run["warnings"] = earlier.stages, earlier.run["warnings"]
@@ -186,7 +188,7 @@ def _walk(
             measured = _measure(trainers[0], held_out, "base", console)
         if state.is_main_process:
             _open_output(output, recipe, overwrite)
-        _keep(results, *measured, {"checkpoint": model_path(recipe)}, output, state, None)
+        _keep(results, *measured, {"checkpoint": recipe.model_name_or_path}, output, state, None)
         del model, trainers
         state.wait_for_everyone()
 
@@ -222,7 +224,7 @@ def held_out_windows(
 ) -> tuple[dict[str, HeldOutWindows], dict[str, HeldOutWindows] | None]:
     """Held-out documents by domain as they are measured; and, where something is chosen by a score, one half of them
     to choose by, while the other is measured."""
-    masking = MLMMasking(tokenizer, args.mlm_probability)
+    masking = labeling(tokenizer, is_causal(recipe), args.mlm_probability)
     held_out = {
         name: HeldOutWindows(windows(documents, tokenizer, args.max_length), masking, data_seed(args))
         for name, documents in text.items()
@@ -241,7 +243,7 @@ def _measure(
 ) -> tuple[dict[str, Any], dict[str, HeldOut]]:
     """A row of the result matrix, and what every document says, under the key that it is kept by."""
     measured = trainer.measure(held_out)
-    scores = {domain: one.measures() for domain, one in measured.items()}
+    scores = {domain: one.measures(trainer.objective.causal) for domain, one in measured.items()}
     broken = [domain for domain, score in scores.items() if not math.isfinite(score["loss"])]
     if broken:
         raise UserError(
@@ -358,7 +360,8 @@ def stages_of(recipe: Recipe, output: Path) -> list[Stage]:
 
 def model_path(recipe: Recipe) -> str:
     """Where the base model is."""
-    return str(BASE_MODEL) if recipe.model_name_or_path == "built-in" else recipe.model_name_or_path
+    built_in = {"built-in": BASE_MODEL, "built-in-causal": CAUSAL_MODEL}
+    return str(built_in.get(recipe.model_name_or_path, recipe.model_name_or_path))
 
 
 def check_model(recipe: Recipe) -> None:
@@ -382,9 +385,21 @@ def check_model(recipe: Recipe) -> None:
         Architecture.from_dict(recipe.units)
 
 
+def is_causal(recipe: Recipe, path: str | None = None) -> bool:
+    """Whether a model is a causal language model rather than a masked one: what its config says that it was saved as,
+    or else what its type is made for."""
+    config = AutoConfig.from_pretrained(path or model_path(recipe), trust_remote_code=recipe.trust_remote_code)
+    saved_as = set(config.architectures or ())
+    if saved_as & set(MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()):
+        return False
+    if saved_as & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
+        return True
+    return config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+
 def load_model(path: str, recipe: Recipe) -> Any:
     """
-    Load a masked language model with all of its weights, in fp32.
+    Load a language model with all of its weights, in fp32.
 
     Raises:
         UserError: it cannot be loaded, or the checkpoint lacks weights, which would be random.
@@ -393,7 +408,7 @@ def load_model(path: str, recipe: Recipe) -> Any:
     verbosity = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()  # its load report; what is missing is said below
     try:
-        model, info = AutoModelForMaskedLM.from_pretrained(
+        model, info = (AutoModelForCausalLM if is_causal(recipe, path) else AutoModelForMaskedLM).from_pretrained(
             path,
             dtype=torch.float32,  # a masked update below one ulp of a half-precision parameter would be lost
             trust_remote_code=recipe.trust_remote_code,
@@ -407,7 +422,7 @@ def load_model(path: str, recipe: Recipe) -> Any:
     missing = sorted(info["missing_keys"])
     if missing:
         raise UserError(
-            f"model_name_or_path: the checkpoint {path} lacks weights of the masked language model, which would be "
+            f"model_name_or_path: the checkpoint {path} lacks weights of the language model, which would be "
             f"random: {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''}; use one that has its LM head"
         )
     return model

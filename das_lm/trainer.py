@@ -21,19 +21,19 @@ from das_lm.config import DASConfig
 from das_lm.cpu import keep_freed_memory
 from das_lm.data.blocks import (
     HeldOutWindows,
-    MLMMasking,
     PaddingCollator,
     TrainingBlocks,
     TrainingRows,
     addressed_seed,
     collate,
+    labeling,
 )
 from das_lm.data.packing import longest_input, pack, windows
 from das_lm.errors import UserError, did_you_mean
 from das_lm.evaluation.held_out import HeldOut, held_out_losses
 from das_lm.files import broken_file, newest_checkpoint, seal, write_json
 from das_lm.methods import METHODS, Method
-from das_lm.objective import MaskedLanguageModeling, ModuleLoss, Output
+from das_lm.objective import LanguageModeling, ModuleLoss, Output
 from das_lm.units import Architecture, Units
 
 STATE_NAME = "continual_state.json"
@@ -43,11 +43,11 @@ class ContinualTrainer(Trainer):
     """
     Learns one domain with one or several continual-learning methods.
 
-    With `processing_class`, the model is a masked language model; without, it is any module whose forward takes
-    columns of the data sets by name and returns a loss (see [`ModuleLoss`]).
+    With `processing_class`, the model is a language model, masked or causal; without, it is any module whose forward
+    takes columns of the data sets by name and returns a loss (see [`ModuleLoss`]).
 
     Args:
-        model: a masked language model, loaded with its LM head, in fp32; or another module.
+        model: a language model, loaded with its LM head, in fp32; or another module.
         args: the arguments; a [`DASConfig`].
         method: names in `das_lm.methods.METHODS`, or [`Method`] objects; one or a list.
         train_dataset: documents (a data set with a column `text`), packed blocks (a column `input_ids`), or a
@@ -92,7 +92,7 @@ class ContinualTrainer(Trainer):
                 train_dataset = TrainingRows({domain: train_dataset}, data_seed(args))
         else:
             self.units = Units(model, architecture)
-            self.objective = MaskedLanguageModeling(self.units)
+            self.objective = LanguageModeling(self.units, model.can_generate())
             kwargs.setdefault("data_collator", PaddingCollator(processing_class))
             train_dataset, eval_dataset, development_dataset = self._prepared(
                 args, model, processing_class, train_dataset, eval_dataset, development_dataset
@@ -120,7 +120,7 @@ class ContinualTrainer(Trainer):
         self, args: DASConfig, model: nn.Module, tokenizer: Any, train_dataset: Any, *held_out: Any
     ) -> tuple[Any, ...]:
         """Text as the language model reads it: packed blocks, and windows of held-out documents."""
-        masking = MLMMasking(tokenizer, args.mlm_probability)
+        masking = labeling(tokenizer, model.can_generate(), args.mlm_probability)
         max_length = _check_length(args.max_length, model, tokenizer)
         if train_dataset is not None and not isinstance(train_dataset, TrainingBlocks):
             if "input_ids" not in train_dataset.column_names:
@@ -340,7 +340,9 @@ class ContinualTrainer(Trainer):
             self.accelerator,
             progress=None if self.args.disable_tqdm else description,
         )
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in result.measures().items()}
+        metrics = {
+            f"{metric_key_prefix}_{name}": value for name, value in result.measures(self.objective.causal).items()
+        }
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(result.tokens))
 
     # ---- checkpoints: whole or absent ----------------------------------------------------------------------------

@@ -62,6 +62,34 @@ class MLMMasking:
         masked[replaced] = generator.integers(self.vocabulary, size=replaced.sum())
         return masked, np.where(predicted, input_ids, IGNORED)
 
+    @property
+    def address(self) -> tuple[Any, ...]:
+        """What the masks depend on beside seed and text."""
+        return self.probability, self.mask_token_id, self.vocabulary
+
+    def predicted(self, labels: np.ndarray) -> np.ndarray:
+        """Which tokens of the text are predicted, shape [tokens], bool."""
+        return labels != IGNORED
+
+
+class NextTokens:
+    """Labels for causal language modeling: at every position the token that follows, at the last one nothing."""
+
+    address = ("next token",)
+
+    def __call__(self, input_ids: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids, shape [tokens] -> the same, and labels; no randomness is in it."""
+        return input_ids, np.append(input_ids[1:], IGNORED)
+
+    def predicted(self, labels: np.ndarray) -> np.ndarray:
+        """Which tokens of the text are predicted, shape [tokens], bool: all but the first."""
+        return np.append(False, labels[:-1] != IGNORED)
+
+
+def labeling(tokenizer: PreTrainedTokenizerBase, causal: bool, mlm_probability: float) -> MLMMasking | NextTokens:
+    """What makes inputs and labels of a text, for a causal or a masked language model."""
+    return NextTokens() if causal else MLMMasking(tokenizer, mlm_probability)
+
 
 class TrainingRows(Dataset):
     """
@@ -172,7 +200,9 @@ class TrainingBlocks(TrainingRows):
         schedule: see [`TrainingRows`].
     """
 
-    def __init__(self, domains: Mapping[str, Any], masking: MLMMasking, seed: int, schedule: str = "sequential"):
+    def __init__(
+        self, domains: Mapping[str, Any], masking: MLMMasking | NextTokens, seed: int, schedule: str = "sequential"
+    ):
         super().__init__({name: blocks.with_format("numpy") for name, blocks in domains.items()}, seed, schedule)
         self.masking = masking
 
@@ -195,7 +225,7 @@ class HeldOutWindows(Dataset):
         seed: of the masks.
     """
 
-    def __init__(self, windows: Any, masking: MLMMasking, seed: int):
+    def __init__(self, windows: Any, masking: MLMMasking | NextTokens, seed: int):
         self.windows = windows.with_format("numpy")
         self.masking = masking
         self.seed = seed
@@ -222,7 +252,7 @@ class HeldOutWindows(Dataset):
         """The same for the same windows and masks."""
         ids = [np.asarray(row, dtype=np.int64).tobytes() for row in self.windows.with_format(None)["input_ids"]]
         content = hashlib.blake2b(b"|".join(ids), digest_size=16).hexdigest()
-        about = (self.masking.probability, self.masking.mask_token_id, self.masking.vocabulary, self.seed)
+        about = (*self.masking.address, self.seed)
         return f"{addressed_seed(content, list(self.windows['document']), *about):016x}"
 
     def __len__(self) -> int:
@@ -232,7 +262,7 @@ class HeldOutWindows(Dataset):
         row = self.windows[self._order[position]]
         input_ids = np.asarray(row["input_ids"], dtype=np.int64)
         masked, labels = self.masking(input_ids, addressed_seed(self.seed, "held out", input_ids.tolist()))
-        size = {"bytes": int(row["bytes"][labels != IGNORED].sum())} if "bytes" in row else {}
+        size = {"bytes": int(row["bytes"][self.masking.predicted(labels)].sum())} if "bytes" in row else {}
         return {"input_ids": masked, "labels": labels, "document": int(row["document"]), **size}
 
 
@@ -280,7 +310,8 @@ class PaddingCollator:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self.padding = {"input_ids": tokenizer.pad_token_id, "labels": IGNORED, "attention_mask": 0}
+        padding = tokenizer.pad_token_id or 0  # nothing attends to it
+        self.padding = {"input_ids": padding, "labels": IGNORED, "attention_mask": 0}
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         length = max(len(row["input_ids"]) for row in rows)

@@ -119,6 +119,18 @@ def special_tokens(tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[
     raise UserError("the tokenizer changes a text when it adds special tokens, so that they cannot be told apart")
 
 
+def start_token(tokenizer: PreTrainedTokenizerFast) -> int:
+    """What stands before the first token of a text for a causal model: `bos_token`, or `eos_token` without one.
+
+    Raises:
+        UserError: the tokenizer has neither.
+    """
+    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    if start is None:
+        raise UserError("the tokenizer has neither a bos_token nor an eos_token, from which a causal model can start")
+    return start
+
+
 def longest_input(model: nn.Module, tokenizer: PreTrainedTokenizerFast) -> float:
     """Tokens that a model reads at most; infinity if there is no limit."""
     positions = getattr(model.config, "max_position_embeddings", None) or math.inf

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from das_lm.errors import UserError, did_you_mean
-from das_lm.evaluation.forgetting import FILE_NAME, MEASURES, Results
+from das_lm.evaluation.forgetting import FILE_NAME, LOWER_IS_BETTER, MEASURES, Results
 from das_lm.evaluation.intervals import Estimate
 from das_lm.evaluation.tables import console_table, markdown_tables
 from das_lm.files import write_json, write_text
@@ -484,7 +484,7 @@ class Comparison:
     # ---- for people ------------------------------------------------------------------------------------------------
 
     def _number(self, value: float, sign: str = "") -> str:
-        share = self.measure not in ("loss", "r2")
+        share = self.measure not in (*LOWER_IS_BETTER, "r2")
         return format(100 * value if share else value, f"{sign}.{1 if share else 3}f")
 
     def _cell(self, estimate: Estimate, sign: str = "") -> str:
@@ -638,7 +638,9 @@ def compare(runs: Sequence[Path | str], reference: str | None = None, measure: s
     _check_comparable(loaded, measure)
 
     curves = _curves(_configurations(loaded, measure))
-    unit = {"loss": loaded[0].results.unit, "r2": "R²"}.get(measure, f"{MEASURES[measure][0]}, %")
+    unit = {"loss": loaded[0].results.unit, "bits_per_byte": "bits per byte", "r2": "R²"}.get(
+        measure, f"{MEASURES[measure][0]}, %"
+    )
     curve, more = _reference(curves, reference)
     first = (reference or "naive", curve and curve.name)
     curves.sort(key=lambda one: (one.name not in first, one.configurations[0].method not in first))  # stable

@@ -18,7 +18,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from das_lm.classic.plots import FLOOR, STYLES, plot_final, plot_predictions, plot_tasks
-from das_lm.evaluation.forgetting import MEASURES, PROBES, Results
+from das_lm.evaluation.forgetting import LOWER_IS_BETTER, MEASURES, PROBES, Results
 from das_lm.evaluation.intervals import Estimate
 from das_lm.files import write_text
 
@@ -157,7 +157,7 @@ def short(name: str, length: int = 22) -> str:
 def result_matrix(results: Results, measure: str) -> Drawing:
     """A heat map: stages below each other, what is measured beside each other, colour against the base model."""
     columns, matrix = results.columns(measure), results.matrix(measure)
-    better = (matrix[0] - matrix) if measure == "loss" else matrix - matrix[0]  # [1 + stages, columns]
+    better = (matrix[0] - matrix) if measure in LOWER_IS_BETTER else matrix - matrix[0]  # [1 + stages, columns]
     span = np.abs(better).max()
     names = [short(name) for name in columns]
     stages = [f"after {short(stage['name'])}" if number else "base" for number, stage in enumerate(results.stages)]

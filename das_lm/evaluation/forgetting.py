@@ -26,11 +26,13 @@ FORMAT_VERSION = 1
 #: What is scored -> its name for people, and how one score is written.
 MEASURES = {
     "loss": ("loss", ".3f"),
+    "bits_per_byte": ("bits per byte", ".3f"),
     "accuracy": ("top-1 accuracy", ".1%"),
     "r2": ("R²", ".3f"),
     "cloze": ("cloze accuracy", ".1%"),
     "end_task": ("end-task macro F1", ".1%"),
 }
+LOWER_IS_BETTER = ("loss", "bits_per_byte")
 #: Measures that are no scores of a domain -> where they stand in a stage.
 PROBES = {"cloze": "cloze", "end_task": "end_tasks"}
 #: The figures of `summarize`, for people.
@@ -110,6 +112,11 @@ class Results:
     unit: str = "nats per masked token"
     intervals: dict[str, dict[str, list[float]]] = field(default_factory=dict)
 
+    @property
+    def causal(self) -> bool:
+        """Whether they are of causal language models, of which every token of a text is predicted."""
+        return self.unit == "nats per token"
+
     # ---- scores ------------------------------------------------------------------------------------------------
 
     @property
@@ -137,7 +144,7 @@ class Results:
     def summary(self) -> dict[str, dict[str, Any]]:
         """Measure -> figures of `summarize`."""
         return {
-            measure: summarize(self.matrix(measure), list(self.columns(measure).values()), measure == "loss")
+            measure: summarize(self.matrix(measure), list(self.columns(measure).values()), measure in LOWER_IS_BETTER)
             for measure in self.measures
         }
 
@@ -162,7 +169,7 @@ class Results:
         Intervals of the scores of a measure and of its figures, by the paired bootstrap.
 
         Args:
-            measure: a ratio of sums: `loss`, `accuracy`, `cloze`.
+            measure: a ratio of sums: `loss`, `bits_per_byte`, `accuracy`, `cloze`.
             sums: per stage, column -> numerators and denominators of its score, each [documents].
         """
         columns = self.columns(measure)
@@ -175,15 +182,18 @@ class Results:
                     stage["cloze"][name]["interval"] = interval(values)
                 else:
                     stage.setdefault("intervals", {}).setdefault(name, {})[measure] = interval(values)
-        figures = summarize(ratios, list(columns.values()), lower_is_better=measure == "loss")
+        figures = summarize(ratios, list(columns.values()), lower_is_better=measure in LOWER_IS_BETTER)
         self.intervals[measure] = {name: interval(value) for name, value in figures.items() if value is not None}
 
     def add_held_out_intervals(self, stages: Sequence[Mapping[str, HeldOut]]) -> None:
-        """The same of loss and accuracy, from what was measured of every document of every stage."""
+        """The same of what is measured of the domains, from what was measured of every document of every stage."""
         self.add_intervals("loss", [{name: (one.nats, one.tokens) for name, one in stage.items()} for stage in stages])
         if "accuracy" in self.measures:
             sums = [{name: (one.correct, one.tokens) for name, one in stage.items()} for stage in stages]
             self.add_intervals("accuracy", sums)
+        if "bits_per_byte" in self.measures:
+            sums = [{name: (one.nats / np.log(2), one.bytes) for name, one in stage.items()} for stage in stages]
+            self.add_intervals("bits_per_byte", sums)
 
     def add_end_task_intervals(self) -> None:
         """Intervals of the figures of end-tasks, Student's t over seeds, where all tasks have the same seeds."""

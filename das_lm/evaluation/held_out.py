@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
@@ -51,8 +52,9 @@ class HeldOut:
         """Coefficient of determination, 1 − squared errors / squared deviations from the mean target."""
         return float(1 - self.nats.sum() / np.square(self.values - self.values.mean()).sum())
 
-    def measures(self) -> dict[str, float | int]:
-        """What is reported: `loss`, `accuracy` or `r2`, and the counts."""
+    def measures(self, causal: bool = False) -> dict[str, float | int]:
+        """What is reported: `loss`, `accuracy` or `r2`, and the counts; of a causal language model, whose loss is a
+        likelihood of the text, `perplexity` and `bits_per_byte` too."""
         scores: dict[str, float | int] = {"loss": self.loss}
         if self.correct is not None:
             scores["accuracy"] = self.accuracy
@@ -61,6 +63,10 @@ class HeldOut:
         scores |= {"tokens": int(self.tokens.sum()), "documents": len(self.tokens)}
         if self.bytes is not None:
             scores |= {"bytes": int(self.bytes.sum()), "loss_per_byte": float(self.nats.sum() / self.bytes.sum())}
+        if causal:
+            scores["perplexity"] = float(np.exp(self.loss))
+            if self.bytes is not None:
+                scores["bits_per_byte"] = scores["loss_per_byte"] / math.log(2)
         return scores
 
     def tensors(self) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ from rich.progress import track
 from torch.nn.utils.rnn import pad_sequence
 
 from das_lm.data import embedded
-from das_lm.data.packing import longest_input
+from das_lm.data.packing import longest_input, start_token
 from das_lm.errors import UserError, did_you_mean
 from das_lm.evaluation.rows import read_rows
 
@@ -279,7 +279,7 @@ def _causal_scores(
 ) -> np.ndarray:
     """Log p of each text, shape [candidates]; its first token is predicted from the tokenizer's `bos_token`, or from
     `eos_token` where it has none."""
-    start_id = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    start_id = start_token(tokenizer)
     rows = [ids if ids[0] == start_id else [start_id, *ids] for ids, _ in texts]
     sums = []
     for start in range(0, len(rows), batch_size):

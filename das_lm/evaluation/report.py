@@ -32,7 +32,7 @@ from das_lm.evaluation.figures import (
     frontier,
     score,
 )
-from das_lm.evaluation.forgetting import FIGURES, FIGURES_NAME, MEASURES, PAGE_NAME, PROBES, Results
+from das_lm.evaluation.forgetting import FIGURES, FIGURES_NAME, LOWER_IS_BETTER, MEASURES, PAGE_NAME, PROBES, Results
 from das_lm.evaluation.intervals import Estimate
 from das_lm.files import write_text
 
@@ -265,7 +265,7 @@ def _findings(results: Results) -> list[str]:
     """What every domain gained and lost, and whether that stands out of the noise."""
     measure = _main_measure(results)
     matrix, name = results.matrix(measure), MEASURES[measure][0]
-    worth = -matrix if measure == "loss" else matrix
+    worth = -matrix if measure in LOWER_IS_BETTER else matrix
     last, found = len(matrix) - 1, []
     for column, (domain, stage) in enumerate(results.domains.items()):
         at = [score(value, measure) for value in matrix[:, column]]

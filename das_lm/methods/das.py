@@ -83,7 +83,7 @@ class DAS(Method):
         if gates:
             until_backward.enter_context(gated(self.units, gates))
         return {
-            "input_ids": torch.cat([batch["input_ids"]] + [_without_masks(batch)] * views),
+            "input_ids": torch.cat([batch["input_ids"]] + [self.trainer.objective.unmasked(batch)] * views),
             "attention_mask": batch["attention_mask"].repeat(1 + views, 1),
             "labels": torch.cat([batch["labels"]] + [torch.full_like(batch["labels"], IGNORED)] * views),
         }
@@ -140,7 +140,7 @@ class DAS(Method):
         def losses(batch: dict[str, torch.Tensor]) -> torch.Tensor:
             rows, ids, labels = len(batch["input_ids"]), batch["input_ids"], batch["labels"]
             if hidden_states:
-                ids, labels = _without_masks(batch), torch.full_like(labels, IGNORED)
+                ids, labels = self.trainer.objective.unmasked(batch), torch.full_like(labels, IGNORED)
             output = self._run(ids.repeat(2, 1), batch["attention_mask"].repeat(2, 1), labels.repeat(2, 1))
             if hidden_states:
                 first, second = output.hidden.split(rows)  # [batch, tokens, features]
@@ -204,7 +204,8 @@ class DAS(Method):
         rows = len(batch["input_ids"])
         prior = {key: value.expand(rows, -1) for key, value in self.importance.values.items()}
         with gated(self.units, prior), self.trainer.accelerator.autocast():
-            return self.units.model.base_model(_without_masks(batch), attention_mask=batch["attention_mask"])[0]
+            ids = self.trainer.objective.unmasked(batch)
+            return self.units.model.base_model(ids, attention_mask=batch["attention_mask"])[0]
 
     def _drops(self, example_ids: torch.Tensor, views: int) -> dict[str, torch.Tensor]:
         """
@@ -220,11 +221,6 @@ class DAS(Method):
                 draws.append(torch.rand(sum(sizes), generator=generator) < keep)
         kept = (torch.stack(draws).float() / keep).to(example_ids.device)  # [views × examples, all units]
         return dict(zip(self.units.sizes, kept.split(sizes, dim=1), strict=True))
-
-
-def _without_masks(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The token ids before masking, which the labels remember."""
-    return torch.where(batch["labels"] == IGNORED, batch["input_ids"], batch["labels"])
 
 
 def _kl(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:

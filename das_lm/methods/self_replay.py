@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
+from das_lm.data.packing import special_tokens, start_token
 from das_lm.errors import UserError
 from das_lm.methods.replay import Replay
 from das_lm.methods.teacher import Teacher
@@ -22,8 +23,9 @@ GROUPS = 7  # of a block's tokens, drawn anew one after the other: about as much
 
 class SelfReplay(Replay):
     """
-    Before the first domain the model writes `memory_size` blocks, by Gibbs sampling from its own masked-token
-    distributions at temperature 1; they are replayed in every domain as [`Replay`] does. Needs no old data, as DAS.
+    Before the first domain the model writes `memory_size` blocks, at temperature 1: a causal one token by token from
+    its start token, a masked one by Gibbs sampling from its own masked-token distributions. They are replayed in every
+    domain as [`Replay`] does. Needs no old data, as DAS.
 
     With `self_replay_target="distributions"` a replayed token teaches the base model's distribution in place of the
     token that was drawn.
@@ -84,9 +86,29 @@ class SelfReplay(Replay):
         with trainer.private_randomness("self_replay"):
             for start in tqdm(starts, desc="writing text to replay", unit="batch", disable=hidden):
                 rows = min(args.importance_batch_size, args.memory_size - start)
-                blocks.extend(self._gibbs(rows).cpu())
+                blocks.extend((self._sampled if trainer.objective.causal else self._gibbs)(rows).cpu())
         model.train(was_training)
         return blocks
+
+    def _sampled(self, rows: int) -> torch.Tensor:
+        """Token ids, shape [rows, max_length], each drawn from what stands before it; a text may end, and another
+        begin, as in the packed blocks of training."""
+        args, tokenizer = self.args, self.trainer.processing_class
+        prefix, _ = special_tokens(tokenizer)
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        ids = torch.tensor([prefix or [start_token(tokenizer)]], device=args.device).repeat(rows, 1)
+        first = 0 if prefix else 1  # what a block does not begin with
+        forbidden = sorted(set(tokenizer.all_special_ids) - {tokenizer.eos_token_id})
+        newest, past = ids, None
+        while ids.shape[1] < args.max_length + first:
+            with self.trainer.accelerator.autocast():
+                output = model(input_ids=newest, past_key_values=past, use_cache=True)
+            logits, past = output.logits[:, -1].float(), output.past_key_values
+            logits[:, forbidden] = -torch.inf
+            logits[:, len(tokenizer) :] = -torch.inf
+            newest = torch.multinomial(logits.softmax(-1), 1)
+            ids = torch.cat([ids, newest], dim=1)
+        return ids[:, first:]
 
     def _gibbs(self, rows: int) -> torch.Tensor:
         """Token ids, shape [rows, max_length]: all masked, then drawn group by group from what stands around."""

@@ -1,7 +1,8 @@
 """Built-in corpora: three small domains of true facts, written on the fly from the tables in this folder.
 
 The text needs no download and no licence but the project's own. `documents` gives training and held-out text, `cloze`
-gives questions about the facts, and `BASE_MODEL` is a tiny masked language model that knows the domain `general`.
+gives questions about the facts, and `BASE_MODEL` and `CAUSAL_MODEL` are tiny language models, a masked and a causal one,
+that know the domain `general`.
 """
 
 from pathlib import Path
@@ -9,8 +10,9 @@ from pathlib import Path
 DOMAINS: tuple[str, ...] = ("general", "bio", "cs")
 SPLITS: tuple[str, ...] = ("train", "held_out")
 BASE_MODEL: Path = Path(__file__).parent / "base_model"
+CAUSAL_MODEL: Path = Path(__file__).parent / "causal_model"
 
-__all__ = ["BASE_MODEL", "DOMAINS", "SPLITS", "cloze", "documents"]
+__all__ = ["BASE_MODEL", "CAUSAL_MODEL", "DOMAINS", "SPLITS", "cloze", "documents"]
 
 
 def documents(domain: str, split: str) -> list[dict]:

@@ -194,8 +194,9 @@ def _limits(results: Results) -> list[str]:
     measured = [words for key, words in others.items() if key in results.stages[-1]]
     missing = [words for key, words in others.items() if key not in results.stages[-1]]
     seed = results.run["recipe"].get("training", {}).get("seed", 42)
+    tokens = "tokens" if results.causal else "masked tokens"
     return [
-        f"Measured on {'' if results.causal else 'masked '}tokens of held-out documents{''.join(f', {words}' for words in measured)}; not measured: "
+        f"Measured on {tokens} of held-out documents{''.join(f', {words}' for words in measured)}; not measured: "
         f"{', '.join([*missing, 'bias', 'toxicity', 'facts in free text'])}. What the base model and the text hold of "
         "these, this model may hold too.",
         "A loss per token can be compared only between models with the same tokenizer, on the same text.",

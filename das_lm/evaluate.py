@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-QUIET = {"report_to": "none", "push_to_hub": False, "disable_tqdm": True}
+QUIET = {"report_to": "none", "push_to_hub": False, "disable_tqdm": True, "eval_strategy": "no", "save_strategy": "no"}
 #: Training arguments that change no result.
 SPEED = ("per_device_eval_batch_size", "use_cpu", "dataloader_num_workers")
 
@@ -184,7 +184,7 @@ def _evaluate(
     tasks = {name: load_task(source) for name, source in probes.end_tasks.items()}
     tokenizers = [load_tokenizer(path, recipe) for path in paths]
     remembered = _Remembered(Cache(output / CACHE_NAME), state)
-    held_out, rights = [], []
+    held_out, rights, words = [], [], None
     per_stage = len(text) * (2 if probes.pseudo_perplexity else 1) + len(questions) + len(tasks)
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
@@ -194,7 +194,9 @@ def _evaluate(
         for stage, path, tokenizer in zip(results.stages, paths, tokenizers, strict=True):
             model = _Model(path, recipe, tokenizer, scratch)
             stage.setdefault("checkpoint", path)
-            windows = held_out_windows(recipe, dict(text), tokenizer, model.trainer.args)[0]
+            if tokenizer.backend_tokenizer.to_str() != words:  # the first, or one with other words
+                words = tokenizer.backend_tokenizer.to_str()
+                windows = held_out_windows(recipe, dict(text), tokenizer, model.trainer.args)[0]
             measured = {name: model.held_out(remembered, stage, name, one) for name, one in windows.items()}
             held_out.append(measured)
             stage["scores"] = {name: one.measures(model.trainer.objective.causal) for name, one in measured.items()}

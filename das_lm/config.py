@@ -27,6 +27,8 @@ class DASConfig(TrainingArguments):
 
         max_length (`int`, *optional*, defaults to `128`):
             Tokens per packed training block and per window of a held-out document, special tokens included.
+        separate_documents (`bool`, *optional*, defaults to `True`):
+            Of a causal model: in a packed block no token attends to another document, and positions begin anew.
         mlm_probability (`float`, *optional*, defaults to `0.15`):
             Share of tokens that masked language modeling predicts (80 % become the mask token, 10 % a random token).
 
@@ -128,6 +130,9 @@ class DASConfig(TrainingArguments):
     """
 
     max_length: int = field(default=128, metadata={"help": "Tokens per block and per window of a held-out document."})
+    separate_documents: bool = field(
+        default=True, metadata={"help": "Causal models: no token attends to another document of its packed block."}
+    )
     mlm_probability: float = field(default=0.15, metadata={"help": "Share of tokens that are predicted."})
 
     importance: str = field(default="auto", metadata={"help": "'auto', 'proxy', or a path to an importance file."})

@@ -74,16 +74,28 @@ class LanguageModeling:
     Args:
         units: of the model, which know its LM head.
         causal: which of the two it is.
+        separator: of a causal model, the token that ends a document of a packed block, so that no token attends to
+            another document (position ids that begin anew, which all attention implementations of transformers heed);
+            `None`: a block is read as one text.
     """
 
-    def __init__(self, units: Units, causal: bool):
-        self.units, self.causal = units, causal
+    def __init__(self, units: Units, causal: bool, separator: int | None = None):
+        self.units, self.causal, self.separator = units, causal, separator
         self.name = "clm" if causal else "mlm"
 
     def __call__(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Output:
         """Run `model` (or what wraps it) on `input_ids`, `attention_mask` and `labels`, each [rows, tokens]."""
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        inputs = self.inputs(batch["input_ids"], batch["attention_mask"])
         return run_language_model(model, self.units, inputs, batch["labels"])
+
+    def inputs(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the model is called with; both have the shape [rows, tokens]. Padding on the right needs no mask in a
+        causal model: what is predicted stands before it."""
+        if self.separator is None:
+            return {"input_ids": input_ids, "attention_mask": attention_mask}
+        place = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        begins = F.pad(input_ids[:, :-1] == self.separator, (1, 0), value=True)
+        return {"input_ids": input_ids, "position_ids": place - torch.where(begins, place, 0).cummax(dim=1).values}
 
     def unmasked(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The token ids of the text itself, [rows, tokens]: those before masking, which the labels remember."""
@@ -93,7 +105,7 @@ class LanguageModeling:
 
     def of(self, model: nn.Module) -> LanguageModeling:
         """The same for a copy of the model."""
-        return LanguageModeling(Units(model, self.units.architecture), self.causal)
+        return LanguageModeling(Units(model, self.units.architecture), self.causal, self.separator)
 
     def flattened(self, batch: Mapping[str, torch.Tensor]) -> tuple[nn.Module, torch.Tensor]:
         """The module that sees predictions instead of rows, and the row of each: see `PerExample`."""

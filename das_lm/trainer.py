@@ -28,7 +28,7 @@ from das_lm.data.blocks import (
     collate,
     labeling,
 )
-from das_lm.data.packing import longest_input, pack, windows
+from das_lm.data.packing import longest_input, pack, separator_of, windows
 from das_lm.errors import UserError, did_you_mean
 from das_lm.evaluation.held_out import HeldOut, held_out_losses
 from das_lm.files import broken_file, newest_checkpoint, seal, write_json
@@ -92,7 +92,11 @@ class ContinualTrainer(Trainer):
                 train_dataset = TrainingRows({domain: train_dataset}, data_seed(args))
         else:
             self.units = Units(model, architecture)
-            self.objective = LanguageModeling(self.units, model.can_generate())
+            self.objective = LanguageModeling(
+                self.units,
+                model.can_generate(),
+                separator_of(processing_class) if model.can_generate() and args.separate_documents else None,
+            )
             kwargs.setdefault("data_collator", PaddingCollator(processing_class))
             train_dataset, eval_dataset, development_dataset = self._prepared(
                 args, model, processing_class, train_dataset, eval_dataset, development_dataset

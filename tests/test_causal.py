@@ -99,6 +99,29 @@ def test_held_out_text_by_document_token_and_byte(tmp_path):
     assert metrics["eval_bio_bits_per_byte"] == pytest.approx(nats / size / np.log(2), rel=1e-5)
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("build", [tiny_gpt2, tiny_llama])
+def test_documents_of_a_block_do_not_see_each_other(build, attention, tmp_path):
+    """A block of three documents predicts what each predicts by itself; without separation it does not."""
+    model, tokenizer = build().eval(), build_tokenizer()
+    model.set_attn_implementation(attention)
+    documents = [[11, 12, 13, EOS], [21, 22, EOS], [31, 32, 33, 34]]
+    block = torch.tensor([sum(documents, []), [*documents[2], EOS, *documents[1], PAD, PAD, PAD]])
+    batch = {"input_ids": block, "attention_mask": (block != PAD).long()}
+    batch["labels"] = F.pad(block[:, 1:], (0, 1), value=IGNORED).masked_fill(batch["attention_mask"] == 0, IGNORED)
+    logits = {}
+    for separate in (True, False):
+        args = arguments(tmp_path, separate_documents=separate)
+        trainer = ContinualTrainer(model, args, "naive", random_blocks(4), processing_class=tokenizer)
+        output = trainer.objective(model.eval(), batch)
+        logits[separate] = [output.logits[output.rows == row] for row in (0, 1)]
+    with torch.no_grad():
+        alone = torch.cat([model(torch.tensor([document])).logits[0] for document in documents])
+    torch.testing.assert_close(logits[True][0], alone[:-1], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(logits[True][1][:4], alone[7:], atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(logits[False][0][4:7], alone[4:7], atol=1e-3)
+
+
 @pytest.mark.parametrize("build", [tiny_gpt2, tiny_llama])
 @pytest.mark.parametrize("prior_gradient", [True, False])
 def test_das_on_a_model_without_dropout(build, prior_gradient, tmp_path):
@@ -113,6 +136,24 @@ def test_das_on_a_model_without_dropout(build, prior_gradient, tmp_path):
         assert all(0 < value.max() <= 1 for value in part.values())  # nothing is constant: the proxy is no zero
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(history) == 3 and all(entry["loss_contrast"] > 0 and entry["loss_clm"] > 0 for entry in history)
+
+
+@pytest.mark.parametrize(
+    ("options", "tolerance"),
+    [
+        ({"activation_checkpointing": True}, 1e-5),
+        ({"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "contrast_weight": 0.0}, 1e-4),
+        ({"bf16": True}, 2e-2),
+    ],
+)
+def test_options_of_the_trainer_change_no_loss(options, tolerance, tmp_path):
+    losses = []
+    for given in ({"contrast_weight": options.get("contrast_weight", 1.0)}, options):
+        args = arguments(tmp_path, logging_steps=1, **given)
+        trainer = ContinualTrainer(tiny_llama(), args, "das", random_blocks(24), processing_class=build_tokenizer())
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert len(losses[0]) == 4 and losses[1] == pytest.approx(losses[0], rel=tolerance)
 
 
 METHODS_OF_LANGUAGE_MODELS = [name for name in METHODS if name not in ("naive", "das")]

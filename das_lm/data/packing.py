@@ -45,7 +45,7 @@ def pack(
 
     prefix, suffix = special_tokens(tokenizer)
     room = _room(max_length, prefix, suffix)
-    separator = tokenizer.eos_token_id if tokenizer.sep_token_id is None else tokenizer.sep_token_id
+    separator = separator_of(tokenizer)
     tokens = documents.map(
         _tokenize,
         batched=True,
@@ -117,6 +117,11 @@ def special_tokens(tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[
         if whole[start : start + len(text)] == text:
             return whole[:start], whole[start + len(text) :]
     raise UserError("the tokenizer changes a text when it adds special tokens, so that they cannot be told apart")
+
+
+def separator_of(tokenizer: PreTrainedTokenizerFast) -> int | None:
+    """The token between the documents of a block: `sep_token`, else `eos_token`, else none."""
+    return tokenizer.eos_token_id if tokenizer.sep_token_id is None else tokenizer.sep_token_id
 
 
 def start_token(tokenizer: PreTrainedTokenizerFast) -> int:

@@ -179,7 +179,7 @@ class DAS(Method):
         return raw
 
     def _run(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> Output:
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        inputs = self.trainer.objective.inputs(input_ids, attention_mask)
         return run_language_model(self.units.model, self.units, inputs, labels)
 
     # ---- views -----------------------------------------------------------------------------------------------------
@@ -205,7 +205,8 @@ class DAS(Method):
         prior = {key: value.expand(rows, -1) for key, value in self.importance.values.items()}
         with gated(self.units, prior), self.trainer.accelerator.autocast():
             ids = self.trainer.objective.unmasked(batch)
-            return self.units.model.base_model(ids, attention_mask=batch["attention_mask"])[0]
+            inputs = self.trainer.objective.inputs(ids, batch["attention_mask"])
+            return self.units.model.base_model(**inputs)[0]
 
     def _drops(self, example_ids: torch.Tensor, views: int) -> dict[str, torch.Tensor]:
         """

@@ -207,6 +207,10 @@ class ClassicOptions:
     search_seeds: list[int] | None = dataclasses.field(
         default=None, metadata={"help": "Seeds of the search, not those of the reported runs (default: 1000)."}
     )
+    chosen_from: str | None = dataclasses.field(
+        default=None,
+        metadata={"help": "Instead of a search: take what another benchmark, in this directory, has chosen."},
+    )
     data: list[str] | None = dataclasses.field(
         default=None,
         metadata={
@@ -670,6 +674,40 @@ def report(arguments: list[str]) -> None:
     print(f"Report: {write_report(options['runs'], options['output_dir'], options['title'])}")
 
 
+def units(arguments: list[str]) -> None:
+    """Show which heads and neurons a model has, and check them; propose an entry for an unknown model."""
+
+    class Parser(_OneLineErrors, argparse.ArgumentParser):
+        pass
+
+    parser = Parser(
+        prog="das-lm units",
+        allow_abbrev=False,
+        description="Show which heads and neurons a model has and which parameter slices belong to each, and check it "
+        "on a few layers with random weights. For a model type that is not in the table, propose an entry. Reads the "
+        "config alone.",
+    )
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="A model type such as llama, a directory with config.json, or a model of the hub.",
+    )
+    parser.add_argument(
+        "--entry", metavar="FILE.yaml", help="An entry of your own: the value of a recipe's key 'units', or a recipe."
+    )
+    parser.add_argument("--trust_remote_code", action="store_true", help="Run the code that comes with the model.")
+    options = parser.parse(arguments)
+    from rich.console import Console
+
+    from das_lm.units.inspection import inspect, load_entry
+
+    entry = load_entry(options["entry"]) if options["entry"] else None
+    inspection = inspect(options["model"], entry, options["trust_remote_code"])
+    inspection.print(Console(highlight=False))
+    if not inspection.holds:
+        raise UserError("the contract does not hold; DAS would mask or gate something else than these units")
+
+
 COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "pretrain": pretrain,
     "evaluate": evaluate,
@@ -677,6 +715,7 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "report": report,
     "sweep": sweep,
     "check-data": check_data,
+    "units": units,
     "classic": classic,
     "search-lambda": search_lambda,
     "recipes": recipes,

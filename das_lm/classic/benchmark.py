@@ -397,6 +397,7 @@ def benchmark(
     epochs: int | None = None,
     search: bool = True,
     search_seeds: Sequence[int] = (1000,),
+    chosen_from: str | Path | None = None,
     options: Mapping[str, Any] | None = None,
     output_dir: str | Path | None = None,
     workers: int | None = None,
@@ -414,6 +415,8 @@ def benchmark(
         epochs: passes over each task, instead of the experiment's own.
         search: choose each method's main knob by [`GRIDS`]; otherwise it has the default of [`DASConfig`].
         search_seeds: of the search; never those of the reported runs.
+        chosen_from: directory of another benchmark, such as one on smaller images, whose choices are taken instead of
+            a search.
         options: fields of [`DASConfig`] for all runs. What is given here is not searched for.
         output_dir: `output/classic/EXPERIMENT` by default.
         workers: processes; as many as there are cores by default.
@@ -431,6 +434,9 @@ def benchmark(
     runs = {
         method: Run(experiment, method, seeds[0], parameters, dict(options), schedule, epochs) for method in methods
     }
+    known = {} if chosen_from is None else _choices_of(Path(chosen_from), methods, options)
+    search = search and not known
+    runs = {method: replace(run, options={**options, **known.get(method, {})}) for method, run in runs.items()}
     described = _try_out(runs.values())
     _open_output(output, experiment, parameters)
 
@@ -457,7 +463,7 @@ def benchmark(
                 may_fail,
             )
 
-        choices = {method: Choice() for method in methods}
+        choices = {method: Choice(chosen=known.get(method, {})) for method in methods}
         if search:
             points = {method: grid(method, options) for method in methods}
             todo = [
@@ -490,6 +496,7 @@ def benchmark(
             "schedule": schedule,
             "epochs": epochs or described.epochs,
             "search_seeds": list(search_seeds) if search else [],
+            **({"chosen_from": str(chosen_from)} if chosen_from is not None else {}),
             "runs": [f"runs/{run.name}" for run in todo],
             "seconds": round(time.perf_counter() - started, 1),  # finished runs that were read take none
             "versions": {"das_lm": __version__, "torch": torch.__version__, "python": platform.python_version()},
@@ -499,6 +506,21 @@ def benchmark(
     console.print(*report.tables(), sep="\n")
     console.print(f"Tables: {output / TABLE_NAME}    Plots: {output}/*.png", soft_wrap=True)
     return report
+
+
+def _choices_of(directory: Path, methods: Sequence[str], options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Method -> what another benchmark chose for it, without what the options already settle."""
+    path = directory / SUMMARY_NAME
+    try:
+        chosen = {
+            name: entry["chosen"] for name, entry in json.loads(path.read_text(encoding="utf-8"))["methods"].items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"chosen_from: {directory} holds no finished benchmark of das-lm classic") from None
+    missing = [method for method in methods if method not in chosen]
+    if missing:
+        raise UserError(f"chosen_from: {directory} has no '{missing[0]}'; run it there, or search here")
+    return {method: {k: v for k, v in chosen[method].items() if k not in options} for method in methods}
 
 
 def _final(results: Results | None, measure: str) -> float | None:

@@ -26,7 +26,7 @@ class Choice:
     Args:
         tried: per grid point its `options` and its `score`, the mean over the search's seeds of the final average over
             all tasks on development data; `None` if a run could not be finished.
-        chosen: the options with the best score; of several the first.
+        chosen: the options with the best score; of several the first. Without a search, what was chosen elsewhere.
     """
 
     tried: list[dict[str, Any]] = field(default_factory=list)
@@ -35,8 +35,8 @@ class Choice:
     @property
     def at_edge(self) -> list[str]:
         """Options whose chosen value is the first or last of those tried."""
-        values = {key: [one["options"][key] for one in self.tried] for key in self.chosen}
-        return [key for key, tried in values.items() if self.chosen[key] in (tried[0], tried[-1])]
+        ends = [self.tried[0]["options"], self.tried[-1]["options"]] if self.tried else []
+        return [key for key, value in self.chosen.items() if value in [end[key] for end in ends]]
 
 
 @dataclass
@@ -159,6 +159,8 @@ class Report:
             if count > 1
             else "Test data, one seed: no interval, and so no verdict."
         ]
+        if self.run.get("chosen_from"):
+            lines.append(f"Parameters as chosen in {self.run['chosen_from']}, not on these data.")
         if self.run.get("search_seeds"):
             lines.append(
                 f"Chosen on development data with seed {', '.join(map(str, self.run['search_seeds']))}, from the "

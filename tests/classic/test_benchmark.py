@@ -284,6 +284,23 @@ def test_choose():
         choose(points, [None] * 4, "m")
 
 
+def test_what_another_benchmark_chose(tmp_path, learned):
+    """Its parameters, and no search."""
+    chosen = {name: choice.chosen for name, choice in go(tmp_path, ["naive", "l2", "ema"], seeds=[0]).choices.items()}
+    learned.clear()
+    there = tmp_path / "there"
+    report = go(there, ["l2", "naive", "ema"], seeds=[5], chosen_from=tmp_path / "out", options={"ema_decay": 0.5})
+    assert [run.options for run in learned] == [{"ema_decay": 0.5, **chosen[name]} for name in ("l2", "naive")] + [
+        {"ema_decay": 0.5}
+    ]
+    assert report.choices["l2"] == Choice(chosen=chosen["l2"]) and report.choices["l2"].at_edge == []
+    assert f"as chosen in {tmp_path / 'out'}" in (there / "out" / TABLE_NAME).read_text()
+    with pytest.raises(UserError, match="has no 'ewc'; run it there, or search here"):
+        go(there, ["ewc"], chosen_from=tmp_path / "out")
+    with pytest.raises(UserError, match="holds no finished benchmark"):
+        go(there, ["l2"], chosen_from=tmp_path)
+
+
 def test_grid_of_a_combination_is_the_product():
     points = grid("ewc+replay", {})
     assert len(points) == 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -22,17 +23,19 @@ import torch
 import transformers
 import yaml
 from accelerate import PartialState
+from peft import PeftModel
 from rich.console import Console
 from rich.markup import escape
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from das_lm import __version__
+from das_lm import __version__, adapters
 from das_lm.cpu import use_all_cores
 from das_lm.data.blocks import HeldOutWindows, TrainingBlocks, labeling
 from das_lm.data.embedded import BASE_MODEL, CAUSAL_MODEL
 from das_lm.data.leakage import find_leakage
+from das_lm.data.new_words import add_words, find_new_words
 from das_lm.data.packing import pack, windows
 from das_lm.errors import UserError
 from das_lm.evaluation.cache import DIRECTORY as CACHE_NAME
@@ -139,15 +142,10 @@ def _walk(
     domains = {domain.name: learned.get(domain.name) for domain in [*recipe.measure, *recipe.domains]}
     args = recipe.training_arguments(None, str(output))
     causal = is_causal(recipe)
-    masking = labeling(tokenizer, causal, args.mlm_probability)
-    with state.main_process_first():
-        packed = {d.name: _pack(text[d.name].train, tokenizer, args.max_length) for d in recipe.domains}
-        held_out, development = held_out_windows(
-            recipe, {name: text[name].held_out for name in domains}, tokenizer, args, halves
-        )
+    read = _Reader(recipe, {name: text[name] for name in domains}, args, halves, state)
     needs_earlier = any(METHODS[name].needs_earlier_domains for name in recipe.method)
 
-    def make_trainer(model: Any, stage: Stage, directory: Path) -> ContinualTrainer:
+    def make_trainer(model: Any, tokenizer: Any, stage: Stage, directory: Path) -> ContinualTrainer:
         domain = stage.domains[0] if len(stage.domains) == 1 else None
         args = recipe.training_arguments(domain, str(directory))
         if stage is not stages[0] and not (domain and "importance" in domain.training):
@@ -159,16 +157,17 @@ def _walk(
             args=args,
             method=recipe.method,
             train_dataset=TrainingBlocks(
-                {domain.name: packed[domain.name] for domain in learned},
-                masking,
+                read.packed(tokenizer, [domain.name for domain in learned]),
+                labeling(tokenizer, causal, args.mlm_probability),
                 data_seed(args),
                 "interleaved" if needs_earlier else recipe.schedule,
             ),
-            eval_dataset=development if halves else held_out,
+            eval_dataset=read.held_out(tokenizer)[1 if halves else 0],
             processing_class=tokenizer,
             domain=stage.name,
-            development_dataset=development,
+            development_dataset=read.held_out(tokenizer)[1],
             architecture=Architecture.from_dict(recipe.units) if recipe.units else None,
+            peft_config=adapters.lora_config(recipe.peft) if recipe.peft else None,
         )
 
     hub = HubRepository(args, output.absolute().name) if args.push_to_hub and state.is_main_process else None
@@ -184,12 +183,19 @@ def _walk(
         # All that a wrong recipe can say shows here; only then is anything written, or an earlier run removed.
         with TemporaryDirectory() as scratch:
             model = load_model(model_path(recipe), recipe)
-            trainers = [make_trainer(model, stage, Path(scratch)) for stage in stages]
-            measured = _measure(trainers[0], held_out, "base", console)
+            for stage in stages:
+                trainer = make_trainer(model, tokenizer, stage, Path(scratch))
+                if recipe.peft:
+                    trainer.model.unload()
+            trainer = measuring_trainer(model, recipe, tokenizer, scratch)
+            measured = _measure(trainer, read.held_out(tokenizer)[0], "base", console)
+            larger = tokenizer
+            for stage in stages:
+                larger = _with_new_words(model, larger, stage, text, recipe)
         if state.is_main_process:
             _open_output(output, recipe, overwrite)
         _keep(results, *measured, {"checkpoint": recipe.model_name_or_path}, output, state, None)
-        del model, trainers
+        del model, trainer
         state.wait_for_everyone()
 
     source: str | Path = model_path(recipe)
@@ -197,19 +203,33 @@ def _walk(
         if len(results.stages) > index and stage.is_finished:
             source = stage.directory
             continue
-        is_finished = stage.is_finished  # and not yet measured
-        model = load_model(str(stage.directory if is_finished else source), recipe)
-        with _curves_in(output / CURVES_NAME / stage.directory.name):
-            trainer = make_trainer(model, stage, stage.workshop)
-        seconds = None
+        is_finished, seconds = stage.is_finished, None  # and not yet measured
+        tokenizer = load_tokenizer(str(stage.directory if is_finished else source), recipe)
         if not is_finished:
+            is_apart = recipe.peft and recipe.peft["adapters"] == "apart"
+            model = load_model(model_path(recipe) if is_apart else str(source), recipe)
+            model.name_or_path = str(source)  # where the methods find what they keep
+            tokenizer = _with_new_words(model, tokenizer, stage, text, recipe)
+            with _curves_in(output / CURVES_NAME / stage.directory.name):
+                trainer = make_trainer(model, tokenizer, stage, stage.workshop)
             console.rule(f"[bold]{stage.name}[/bold] ({index} of {len(stages)})", align="left")
             started = time.perf_counter()
             trainer.train(resume_from_checkpoint=newest_checkpoint(stage.workshop))
-            _save(trainer, stage.directory)
+            _save(trainer, stage.directory, recipe, None if stage is stages[0] else Path(source))
             seconds = round(time.perf_counter() - started, 1)
+        if is_finished or recipe.peft:
+            with TemporaryDirectory() as scratch:
+                model = load_model(str(stage.directory), recipe)
+                trainer = measuring_trainer(model, recipe, tokenizer, scratch)
         facts = {"checkpoint": stage.directory.name, "seconds": seconds, **_facts_of(stage, trainer)}
-        _keep(results, *_measure(trainer, held_out, stage.name, console, facts), facts, output, state, hub)
+        _keep(
+            results,
+            *_measure(trainer, read.held_out(tokenizer)[0], stage.name, console, facts),
+            facts,
+            output,
+            state,
+            hub,
+        )
         source = stage.directory
     for stage in stages:
         if state.is_main_process:
@@ -217,6 +237,65 @@ def _walk(
     console.print(*results.tables(), sep="\n")
     console.print(f"Results: {output / RESULTS_NAME}    Model: {source}", soft_wrap=True)
     return results
+
+
+class _Reader:
+    """The text as a tokenizer reads it; done again only for a tokenizer that has new words."""
+
+    def __init__(self, recipe: Recipe, text: dict[str, Documents], args: Any, halves: bool, state: PartialState):
+        self.recipe, self.text, self.args, self.halves, self.state = recipe, text, args, halves, state
+        self.tokenizer: Any = None
+
+    def packed(self, tokenizer: Any, names: list[str]) -> dict[str, Any]:
+        """Blocks of domains."""
+        self._use(tokenizer)
+        with self.state.main_process_first():
+            for name in names:
+                if name not in self._packed:
+                    self._packed[name] = _pack(self.text[name].train, tokenizer, self.args.max_length)
+        return {name: self._packed[name] for name in names}
+
+    def held_out(self, tokenizer: Any) -> tuple[dict[str, HeldOutWindows], dict[str, HeldOutWindows] | None]:
+        """What `held_out_windows` gives."""
+        self._use(tokenizer)
+        if self._held_out is None:
+            with self.state.main_process_first():
+                documents = {name: one.held_out for name, one in self.text.items()}
+                self._held_out = held_out_windows(self.recipe, documents, tokenizer, self.args, self.halves)
+        return self._held_out
+
+    def _use(self, tokenizer: Any) -> None:
+        if self.tokenizer is None or len(tokenizer) != len(self.tokenizer):
+            self.tokenizer, self._packed, self._held_out = tokenizer, {}, None
+
+
+def _with_new_words(model: Any, tokenizer: Any, stage: Stage, text: dict[str, Documents], recipe: Recipe) -> Any:
+    """The tokenizer with the words that the domains of a stage bring; the model's embeddings grow with it."""
+    for domain in stage.domains:
+        if domain.add_tokens:
+            if not all(METHODS[name].works_with_adapters for name in recipe.method):
+                raise UserError(
+                    f"domain '{domain.name}': add_tokens: {', '.join(recipe.method)} remembers single parameters, and "
+                    "the embeddings grow; leave add_tokens out, or use another method, such as das, replay or lwf"
+                )
+            words = find_new_words(text[domain.name].train, tokenizer, domain.add_tokens)
+            tokenizer = add_words(model, tokenizer, words)
+    return tokenizer
+
+
+def measuring_trainer(model: Any, recipe: Recipe, tokenizer: Any, directory: str) -> ContinualTrainer:
+    """A trainer that only measures a model."""
+    args = recipe.training_arguments(None, directory)
+    args.push_to_hub = False
+    bare = getattr(model.config, "quantization_config", None) and not isinstance(model, PeftModel)
+    return ContinualTrainer(
+        model,
+        args,
+        "naive",
+        processing_class=tokenizer,
+        architecture=Architecture.from_dict(recipe.units) if recipe.units else None,
+        peft_config=adapters.lora_config(recipe.peft) if bare else None,  # the Trainer takes no quantized model without
+    )
 
 
 def held_out_windows(
@@ -328,8 +407,8 @@ def _report(output: Path) -> Path:
     return write_report([output])
 
 
-def _save(trainer: ContinualTrainer, directory: Path) -> None:
-    """Save a finished domain: whole under its name, or not there."""
+def _save(trainer: ContinualTrainer, directory: Path, recipe: Recipe, before: Path | None) -> None:
+    """Save a finished domain, after the one in the directory `before`: whole under its name, or not there."""
     partial = directory.with_name(f".{directory.name}.partial")
     if trainer.is_world_process_zero():
         shutil.rmtree(partial, ignore_errors=True)
@@ -337,6 +416,8 @@ def _save(trainer: ContinualTrainer, directory: Path) -> None:
     trainer.save_model(str(partial))
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
+        if recipe.peft:
+            adapters.finish(trainer.model, partial, recipe.peft["adapters"], recipe.model_name_or_path, before)
         trainer.state.save_to_json(str(partial / "trainer_state.json"))  # with the curves of the losses
         seal(partial)
         shutil.rmtree(directory, ignore_errors=True)  # broken: a whole one would not have been learned again
@@ -360,8 +441,17 @@ def stages_of(recipe: Recipe, output: Path) -> list[Stage]:
 
 def model_path(recipe: Recipe) -> str:
     """Where the base model is."""
-    built_in = {"built-in": BASE_MODEL, "built-in-causal": CAUSAL_MODEL}
-    return str(built_in.get(recipe.model_name_or_path, recipe.model_name_or_path))
+    return _path(recipe.model_name_or_path)
+
+
+def _path(name: str) -> str:
+    return str({"built-in": BASE_MODEL, "built-in-causal": CAUSAL_MODEL}.get(name, name))
+
+
+def _config(path: str, recipe: Recipe) -> Any:
+    """The config of a model, or of the model that an adapter belongs to."""
+    base = adapters.base_of(path)
+    return AutoConfig.from_pretrained(_path(base) if base else path, trust_remote_code=recipe.trust_remote_code)
 
 
 def check_model(recipe: Recipe) -> None:
@@ -369,11 +459,12 @@ def check_model(recipe: Recipe) -> None:
     Look at the config alone, before anything heavy loads.
 
     Raises:
-        UserError: no such model, an architecture that is not supported, or a wrong entry for it.
+        UserError: no such model, an architecture that is not supported, a wrong entry for it, or weights that cannot be
+            trained as the recipe says.
     """
     path = model_path(recipe)
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=recipe.trust_remote_code)
+        config = _config(path, recipe)
     except (OSError, ValueError) as error:
         raise UserError(_cannot_load(recipe, error)) from error
     if recipe.units is None and config.model_type not in ARCHITECTURES:
@@ -383,12 +474,42 @@ def check_model(recipe: Recipe) -> None:
         )
     if recipe.units is not None:
         Architecture.from_dict(recipe.units)
+    _check_adapters(recipe, getattr(config, "quantization_config", None) is not None)
+
+
+def _check_adapters(recipe: Recipe, quantized: bool) -> None:
+    name = recipe.model_name_or_path
+    if recipe.peft is None:
+        if quantized:
+            raise UserError(
+                f"model_name_or_path: '{name}' is quantized, so that its weights cannot be trained; train adapters "
+                "(peft: {adapters: apart} in the recipe), or take the model in full precision"
+            )
+        return
+    if recipe.peft["adapters"] != "apart" and quantized:
+        raise UserError(
+            f"model_name_or_path: '{name}' is quantized, and an adapter cannot be added to its weights without loss; "
+            "write adapters: apart"
+        )
+    if recipe.peft["adapters"] != "merge" and adapters.base_of(model_path(recipe)):
+        raise UserError(
+            f"model_name_or_path: '{name}' is an adapter itself, and PEFT loads no adapter of an adapter; write "
+            "adapters: merge"
+        )
+    growing = [domain.name for domain in recipe.domains if domain.add_tokens]
+    if recipe.peft["adapters"] != "merge" and growing:
+        raise UserError(
+            f"domain '{growing[0]}': add_tokens: the embeddings of new tokens belong to no adapter; write adapters: "
+            "merge, or leave add_tokens out"
+        )
+    if recipe.peft.get("load_in_4bit") and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("peft: load_in_4bit needs bitsandbytes: pip install bitsandbytes, or leave it out")
 
 
 def is_causal(recipe: Recipe, path: str | None = None) -> bool:
     """Whether a model is a causal language model rather than a masked one: what its config says that it was saved as,
     or else what its type is made for."""
-    config = AutoConfig.from_pretrained(path or model_path(recipe), trust_remote_code=recipe.trust_remote_code)
+    config = _config(path or model_path(recipe), recipe)
     saved_as = set(config.architectures or ())
     if saved_as & set(MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()):
         return False
@@ -399,12 +520,40 @@ def is_causal(recipe: Recipe, path: str | None = None) -> bool:
 
 def load_model(path: str, recipe: Recipe) -> Any:
     """
-    Load a language model with all of its weights, in fp32.
+    Load a language model with all of its weights, in fp32; one with an adapter as the sum of both, or, with
+    `load_in_4bit`, as a model of PEFT.
 
     Raises:
-        UserError: it cannot be loaded, or the checkpoint lacks weights, which would be random.
+        UserError: it cannot be loaded, lacks weights, which would be random, or is the adapter of another model.
     """
+    base = adapters.base_of(path)
+    if base is None:
+        return _load_whole(path, recipe)
+    if path != model_path(recipe) and not _is_same(base, recipe.model_name_or_path):
+        raise UserError(
+            f"the adapter in {path} is of another model: of '{base}', not of '{recipe.model_name_or_path}'; name its "
+            f"own model, or, if it has only moved, correct base_model_name_or_path in {path}/adapter_config.json"
+        )
+    model = _load_whole(_path(base), recipe)
+    model = adapters.load_adapter(model, path, merge=not getattr(model.config, "quantization_config", None))
+    model.name_or_path = path
+    return model
+
+
+def _is_same(one: str, other: str) -> bool:
+    """Whether two names are of one model: equal, or of one directory."""
+    return one == other or (os.path.isdir(one) and os.path.isdir(other) and os.path.samefile(one, other))
+
+
+def _load_whole(path: str, recipe: Recipe) -> Any:
     options = {"attn_implementation": recipe.attn_implementation} if recipe.attn_implementation else {}
+    if recipe.peft and recipe.peft.get("load_in_4bit"):
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )  # as QLoRA (Dettmers et al., arXiv 2305.14314)
     verbosity = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()  # its load report; what is missing is said below
     try:
@@ -437,7 +586,7 @@ def load_tokenizer(path: str, recipe: Recipe) -> Any:
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=recipe.trust_remote_code)
-        vocabulary = AutoConfig.from_pretrained(path, trust_remote_code=recipe.trust_remote_code).vocab_size
+        vocabulary = _config(path, recipe).vocab_size
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise UserError(f"model_name_or_path: no tokenizer can be loaded from '{path}': {_one_line(error)}") from error
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of a directory without one

@@ -14,8 +14,8 @@ from transformers import (
     AlbertForMaskedLM,
     AutoModelForMaskedLM,
     AutoTokenizer,
-    GPT2Config,
-    GPT2LMHeadModel,
+    BloomConfig,
+    BloomForCausalLM,
     RobertaForSequenceClassification,
 )
 
@@ -191,9 +191,9 @@ def test_warnings_about_the_text_are_counted_and_kept(world, tmp_path, capsys):
     assert Results.load(tmp_path / "run").run["warnings"]["bio"]
 
 
-def _gpt2(world: Path, tmp_path: Path) -> list[str]:
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=32))
-    return ["--model_name_or_path", str(_save(model, tmp_path / "gpt2"))]
+def _bloom(world: Path, tmp_path: Path) -> list[str]:
+    model = BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=16, n_layer=1, n_head=2))
+    return ["--model_name_or_path", str(_save(model, tmp_path / "bloom"))]
 
 
 def _no_head(world: Path, tmp_path: Path) -> list[str]:
@@ -246,7 +246,7 @@ def _no_mask(world: Path, tmp_path: Path) -> list[str]:
 
 BAD_MODELS = {
     "no such model": (lambda *_: ["--model_name_or_path", "nowhere/such-model"], "'nowhere/such-model'", "loaded"),
-    "not a masked LM": (_gpt2, "'gpt2'", "roberta"),
+    "unsupported decoder": (_bloom, "'bloom'", "llama"),
     "unsupported architecture": (_albert, "'albert'", "modernbert"),
     "LM head missing": (_no_head, "random", "lm_head"),
     "truncated weights": (_broken_weights, "model_name_or_path", "cannot be loaded"),

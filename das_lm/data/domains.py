@@ -66,6 +66,8 @@ class Domain:
             held-out text, and a share means that.
         min_characters: Shorter documents are left out.
         max_documents: Read this many documents of `data` at most.
+        add_tokens: Before the domain is learned, so many of its words that the tokenizer cuts into pieces become tokens
+            (see `new_words`): those that save the most.
         training: Training arguments that differ while this domain is learned.
 
     Raises:
@@ -82,6 +84,7 @@ class Domain:
     held_out: float | str | list[str] = 0.1
     min_characters: int = 20
     max_documents: int | None = Field(default=None, validate_default=True)
+    add_tokens: int = Field(default=0, ge=0)
     training: dict[str, Any] = Field(default_factory=dict)
 
     @field_validator("name")

@@ -33,7 +33,7 @@ class RecipeOptions:
         default=None, metadata={"help": "Name of a recipe (see 'das-lm recipes') or path of a .yaml file. Required."}
     )
     model_name_or_path: str | None = dataclasses.field(
-        default=None, metadata={"help": "'built-in', a directory, or a model of the Hugging Face hub."}
+        default=None, metadata={"help": "'built-in', 'built-in-causal', a directory, or a model of the Hugging Face hub."}
     )
     domain: list[str] | None = dataclasses.field(
         default=None,
@@ -63,6 +63,10 @@ class RecipeOptions:
     )
     attn_implementation: str | None = dataclasses.field(
         default=None, metadata={"help": "Attention of the model, such as sdpa or eager."}
+    )
+    peft: str | None = dataclasses.field(
+        default=None,
+        metadata={"help": "Train LoRA adapters: the recipe's mapping as JSON, such as '{\"r\": 8}'."},
     )
     trust_remote_code: bool = dataclasses.field(
         default=False, metadata={"help": "Run the code that comes with a model of the hub."}
@@ -512,6 +516,8 @@ def _parse_training(options: type, arguments: list[str], **description: str) -> 
                 action.type = json_value
         if action.type is string_to_bool:
             action.nargs, action.const = "?", True
+        if action.dest == "peft":
+            action.type = json_value
         action.default = argparse.SUPPRESS
     return parser.parse(arguments)
 

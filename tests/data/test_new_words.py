@@ -82,6 +82,7 @@ def build(kind):
         return PreTrainedTokenizerFast(tokenizer_object=core, **names)  # special tokens after the vocabulary
     apart = [] if kind == "metaspace" else [pre_tokenizers.Punctuation(), pre_tokenizers.Digits()]  # as SentencePiece
     vocab, merges = learned_bpe(pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), *apart]), SPECIAL + BYTES)
+    vocab, merges = {**vocab, "▁▁": len(vocab)}, [("▁", "▁"), *merges]  # as Llama's, for several spaces
     if kind == "llama":
         return LlamaTokenizer(vocab, merges, **names)
     if kind == "gemma":

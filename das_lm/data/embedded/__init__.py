@@ -1,8 +1,8 @@
 """Built-in corpora: three small domains of true facts, written on the fly from the tables in this folder.
 
 The text needs no download and no licence but the project's own. `documents` gives training and held-out text, `cloze`
-gives questions about the facts, and `BASE_MODEL` and `CAUSAL_MODEL` are tiny language models, a masked and a causal one,
-that know the domain `general`.
+gives questions about the facts, and `BASE_MODEL` and `CAUSAL_MODEL` are tiny language models, a masked and a causal
+one, that know the domain `general`.
 """
 
 from pathlib import Path

@@ -33,7 +33,7 @@ class RecipeOptions:
         default=None, metadata={"help": "Name of a recipe (see 'das-lm recipes') or path of a .yaml file. Required."}
     )
     model_name_or_path: str | None = dataclasses.field(
-        default=None, metadata={"help": "'built-in', 'built-in-causal', a directory, or a model of the Hugging Face hub."}
+        default=None, metadata={"help": "'built-in', 'built-in-causal', a directory, or a model of the hub."}
     )
     domain: list[str] | None = dataclasses.field(
         default=None,

@@ -174,29 +174,29 @@ def run_language_model(model: nn.Module, units: Units, inputs: Mapping[str, Any]
     predicted = labels != IGNORED
     hidden: list[torch.Tensor] = []
 
-    def keep_hidden(module: nn.Module, args: tuple, output: Any) -> None:
-        hidden.append(output[0])
-
     def select(module: nn.Module, args: tuple) -> tuple:
+        hidden.append(args[0])
         return (args[0][predicted], *args[1:])
 
-    handles = (
-        units.model.base_model.register_forward_hook(keep_hidden),
-        units.lm_head.register_forward_pre_hook(select),
-    )
+    handle = units.lm_head.register_forward_pre_hook(select)
     try:
         logits = model(**inputs)["logits"]
     finally:
-        for handle in handles:
-            handle.remove()
+        handle.remove()
     return Output(logits, labels[predicted], predicted.nonzero()[:, 0], hidden[0])
 
 
+#: What modules call the rates of a dropout that is a function, not a module.
+DROPOUT_RATES = ("dropout", "hidden_dropout", "attention_dropout", "activation_dropout")
+
+
 def has_active_dropout(model: nn.Module) -> bool:
-    """Whether two passes in training mode differ: some dropout of the base model has a rate above 0."""
+    """Whether two passes in training mode differ: some dropout of the base model has a rate above 0. That of a LoRA
+    adapter does not count: a fresh one adds nothing, whatever is dropped."""
     return any(
-        (isinstance(module, nn.Dropout) and module.p > 0) or _rate(module, "attention_dropout") > 0
-        for module in model.base_model.modules()
+        (isinstance(module, nn.Dropout) and module.p > 0) or any(_rate(module, name) > 0 for name in DROPOUT_RATES)
+        for name, module in model.base_model.named_modules()
+        if "lora_dropout" not in name
     )
 
 

@@ -107,7 +107,9 @@ def test_recipes_are_found_by_name_and_by_path(tmp_path):
     assert describe_recipes()["mine"] == "my own"
     with pytest.raises(UserError, match="Did you mean 'bio_then_cs'") as error:
         find_recipe("bio_then_css")
-    there_are = "There are bio_then_cs, bio_then_cs_gpt, bio_then_cs_qwen_lora, bio_then_cs_roberta, das_six_domains, mine."
+    there_are = (
+        "There are bio_then_cs, bio_then_cs_gpt, bio_then_cs_qwen_lora, bio_then_cs_roberta, das_six_domains, mine."
+    )
     assert there_are in str(error.value)
     with pytest.raises(UserError, match="recipe 'recipes': a directory"):
         find_recipe("recipes")

@@ -66,8 +66,8 @@ class Domain:
             held-out text, and a share means that.
         min_characters: Shorter documents are left out.
         max_documents: Read this many documents of `data` at most.
-        add_tokens: Before the domain is learned, so many of its words that the tokenizer cuts into pieces become tokens
-            (see `new_words`): those that save the most.
+        add_tokens: Before the domain is learned, so many of its words that the tokenizer cuts into pieces become
+            tokens (see `new_words`): those that save the most.
         training: Training arguments that differ while this domain is learned.
 
     Raises:

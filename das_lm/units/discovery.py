@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -21,8 +21,14 @@ class Architecture:
     which they stand: `"head"` (all heads, one after the other), `"kv"` (all key/value heads; each is read by
     `heads / kv` query heads), `"neuron"`. Rows are shared out evenly: `"head head head"` is a fused query-key-value
     projection in three blocks, `"head kv kv"` the same with grouped queries, `"head"` on a projection with three times
-    as many rows one that interleaves them per head, `"neuron neuron"` a fused gate and up projection. Transposed
-    weights (`Conv1D`) are recognised by their class.
+    as many rows one that interleaves them per head, `"neuron neuron"` a fused gate and up projection. In brackets the
+    words stand once per key/value head: `"(head kv kv)"` is the query heads that read it, its key, its value, then
+    those of the next. How many key/value heads there are follows from the rows. Transposed weights (`Conv1D`) are
+    recognised by their class.
+
+    A mixture of experts has no intermediate neurons here: their weights are fused over the experts, and what a token
+    meets depends on its routing. Its heads are units, and so are its output neurons, each with its rows in every
+    expert.
 
     Args:
         layers: path of the list of layers inside the base model.
@@ -30,33 +36,50 @@ class Architecture:
         attention_out: path inside a layer of the attention output projection, whose input features are the heads'.
         ffn_in: path inside a layer -> layout, of the up (and gate) projections.
         ffn_out: path inside a layer of the FFN output projection: its inputs are the intermediate neurons, its outputs
-            the output neurons.
+            the output neurons. `None` if all layers have a mixture of experts instead.
         lm_head: path inside the model of the first module of the LM head; several where it differs by configuration.
         optional: paths of `attention_in` and `ffn_in` that a configuration may leave out.
-        heads, kv_heads: names of the counts in the model's config.
+        shared_norms: paths inside a layer of the norms of queries or keys that run over all heads at once: a head's
+            rows move the other heads through the norm's denominator, which no mask can keep apart.
+        moe_block: path inside a layer of the mixture of experts that stands in the place of the FFN, in the layers
+            that have one; its output features are the output neurons.
+        moe_out: path inside a layer of each parameter (not module) that makes the output neurons of `moe_block` -> the
+            axis that they lie along.
+        heads: name of the number of heads in the model's config.
     """
 
     layers: str
     attention_in: Mapping[str, str]
     attention_out: str
     ffn_in: Mapping[str, str]
-    ffn_out: str
+    ffn_out: str | None
     lm_head: str | tuple[str, ...]
     optional: tuple[str, ...] = ()
+    shared_norms: tuple[str, ...] = ()
+    moe_block: str | None = None
+    moe_out: Mapping[str, int] = field(default_factory=dict)
     heads: str = "num_attention_heads"
-    kv_heads: str = "num_key_value_heads"
+
+    def __post_init__(self):
+        if bool(self.moe_block) != bool(self.moe_out):
+            raise UserError(
+                "units: moe_block and moe_out go together: the module, and the parameters that make its output"
+            )
 
     @classmethod
     def from_dict(cls, entry: Mapping[str, Any]) -> Architecture:
-        """Build an entry from plain data, as a recipe's `units` gives it. Raises `UserError` on a wrong key."""
+        """Build an entry from plain data, as a recipe's `units` has it. Raises `UserError` on wrong keys or values."""
+        from pydantic import TypeAdapter, ValidationError
+
         names = [f.name for f in fields(cls)]
         for key in entry:
             if key not in names:
                 raise UserError(f"units: unknown key '{key}'.{did_you_mean(key, names)}")
         try:
-            return cls(**entry)
-        except TypeError as error:
-            raise UserError(f"units: {str(error).split('__init__() ')[-1]}") from None
+            return TypeAdapter(cls).validate_python(dict(entry))
+        except ValidationError as error:
+            problems = {str(item["loc"][0]): item["msg"] for item in reversed(error.errors())}  # the first of each key
+            raise UserError("\n".join(f"units: {key}: {problem}" for key, problem in problems.items())) from None
 
 
 _BERT = Architecture(
@@ -77,6 +100,15 @@ _DEBERTA = {
     "attention.self.value_proj": "head",
 }
 _DEBERTA_POSITIONS = {"attention.self.pos_key_proj": "head", "attention.self.pos_query_proj": "head"}
+_LLAMA = Architecture(
+    layers="layers",
+    attention_in={"self_attn.q_proj": "head", "self_attn.k_proj": "kv", "self_attn.v_proj": "kv"},
+    attention_out="self_attn.o_proj",
+    ffn_in={"mlp.gate_proj": "neuron", "mlp.up_proj": "neuron"},
+    ffn_out="mlp.down_proj",
+    lm_head="lm_head",
+)
+_LLAMA_EXPERTS = replace(_LLAMA, moe_block="mlp", moe_out={"mlp.experts.down_proj": 1})  # [experts, output, neurons]
 
 #: `config.model_type` -> where its units are.
 ARCHITECTURES: dict[str, Architecture] = {
@@ -106,6 +138,53 @@ ARCHITECTURES: dict[str, Architecture] = {
         ffn_out="mlp.Wo",
         lm_head="head",
     ),
+    "gpt2": Architecture(
+        layers="h",
+        attention_in={"attn.c_attn": "head head head"},
+        attention_out="attn.c_proj",
+        ffn_in={"mlp.c_fc": "neuron"},
+        ffn_out="mlp.c_proj",
+        lm_head="lm_head",
+    ),
+    "gpt_neox": Architecture(
+        layers="layers",
+        attention_in={"attention.query_key_value": "head"},
+        attention_out="attention.dense",
+        ffn_in={"mlp.dense_h_to_4h": "neuron"},
+        ffn_out="mlp.dense_4h_to_h",
+        lm_head="lm_head",
+    ),
+    "opt": Architecture(
+        layers="decoder.layers",
+        attention_in={"self_attn.q_proj": "head", "self_attn.k_proj": "head", "self_attn.v_proj": "head"},
+        attention_out="self_attn.out_proj",
+        ffn_in={"fc1": "neuron"},
+        ffn_out="fc2",
+        lm_head="lm_head",
+    ),
+    "falcon": Architecture(
+        layers="h",
+        attention_in={"self_attention.query_key_value": "(head kv kv)"},
+        attention_out="self_attention.dense",
+        ffn_in={"mlp.dense_h_to_4h": "neuron"},
+        ffn_out="mlp.dense_4h_to_h",
+        lm_head="lm_head",
+    ),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "smollm3": _LLAMA,
+    "gemma2": _LLAMA,
+    "gemma3_text": _LLAMA,
+    "olmo2": replace(_LLAMA, shared_norms=("self_attn.q_norm", "self_attn.k_norm")),
+    "phi3": replace(
+        _LLAMA,
+        attention_in={"self_attn.qkv_proj": "head kv kv"},
+        ffn_in={"mlp.gate_up_proj": "neuron neuron"},
+    ),
+    "mixtral": _LLAMA_EXPERTS,
+    "qwen3_moe": _LLAMA_EXPERTS,
 }
 
 
@@ -116,10 +195,10 @@ class Group:
 
     Args:
         key: `"layers.<layer>.<kind>"`.
-        kind: `"head"`, `"intermediate"` or `"output"`.
+        kind: `"head"`, `"intermediate"` (which a mixture of experts lacks) or `"output"`.
         size: number of units.
-        module: the projection at which a gate multiplies the units' activations.
-        side: the `"input"` (heads, intermediate neurons) or the `"output"` (output neurons) of that projection.
+        module: the projection, or mixture of experts, at which a gate multiplies the units' activations.
+        side: the `"input"` (heads, intermediate neurons) or the `"output"` (output neurons) of that module.
     """
 
     key: str
@@ -159,7 +238,8 @@ class Units:
     The units of a model: its groups, the parameter slices of each, and its LM head.
 
     Args:
-        model: a Hugging Face model with an LM head.
+        model: a Hugging Face model with an LM head; or such a model with a LoRA adapter (PEFT), whose rows belong to
+            the units like those of the projection that carries it.
         architecture: the entry to use instead of the one that [`ARCHITECTURES`] has for the model's type.
 
     Raises:
@@ -167,7 +247,7 @@ class Units:
     """
 
     def __init__(self, model: nn.Module, architecture: Architecture | None = None):
-        self.model = model
+        self.model = model = getattr(model, "get_base_model", lambda: model)()  # without PEFT's wrapper
         self.model_type: str = model.config.model_type
         self.groups: dict[str, Group] = {}
         self.slices: list[Slice] = []
@@ -175,16 +255,24 @@ class Units:
             if self.model_type not in ARCHITECTURES:
                 raise UserError(
                     f"model type '{self.model_type}' is not in the table of architectures; supported: "
-                    f"{', '.join(sorted(ARCHITECTURES))}. Pass an entry of your own: `architecture=Architecture(…)` "
-                    "in Python, `units:` in a recipe"
+                    f"{', '.join(sorted(ARCHITECTURES))}. 'das-lm units MODEL' proposes an entry for it: "
+                    "`architecture=Architecture(…)` in Python, `units:` in a recipe"
                 )
             architecture = ARCHITECTURES[self.model_type]
         self.architecture = architecture
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
         heads = self._count(architecture.heads)
-        counts = {"head": heads, "kv": getattr(model.config, architecture.kv_heads, None) or heads}
-        for index, layer in enumerate(self._find(model.base_model, architecture.layers)):
-            self._add_layer(index, layer, counts)
+        self.layers: nn.ModuleList = self._find(model.base_model, architecture.layers)
+        if not isinstance(self.layers, nn.ModuleList):
+            raise UserError(f"units: '{architecture.layers}' is no list of layers but {type(self.layers).__name__}")
+        for index, layer in enumerate(self.layers):
+            for path in architecture.shared_norms:
+                self._find(layer, path)
+            self._add_attention(index, layer, heads)
+            if architecture.moe_out and all(_has(layer, path) for path in architecture.moe_out):
+                self._add_experts(index, layer)
+            else:
+                self._add_ffn(index, layer)
         self.lm_head = self._find_lm_head()
 
     @property
@@ -196,34 +284,70 @@ class Units:
         """Names of the parameters that belong, at least in part, to units."""
         return {piece.parameter for piece in self.slices}
 
-    def _add_layer(self, index: int, layer: nn.Module, counts: dict[str, int]) -> None:
+    def _add_attention(self, index: int, layer: nn.Module, heads: int) -> None:
         entry = self.architecture
-        attention_out = self._find(layer, entry.attention_out)
-        ffn_out = self._find(layer, entry.ffn_out)
-        head, intermediate, output = (f"layers.{index}.{kind}" for kind in ("head", "intermediate", "output"))
-        sizes = {**counts, "neuron": _features(ffn_out)[0]}
-        for key, kind, size, module, side in (
-            (head, "head", counts["head"], attention_out, "input"),
-            (intermediate, "intermediate", sizes["neuron"], ffn_out, "input"),
-            (output, "output", _features(ffn_out)[1], ffn_out, "output"),
-        ):
-            self.groups[key] = Group(key, kind, index, size, module, side)
+        out = self._find_projection(layer, entry.attention_out)
+        width, rest = divmod(features_of(out)[0], heads)
+        if rest:
+            raise UserError(
+                f"units: {entry.attention_out} of layer {index} has {features_of(out)[0]} input features, no multiple "
+                f"of the {heads} heads"
+            )
+        group = self._add_group(index, "head", heads, out, "input")
+        for path, module, where in self._projections(index, layer, entry.attention_in):
+            owners = head_owners(entry.attention_in[path], heads, width, features_of(module)[1], where)
+            self._add_rows(group, module, owners)
+        columns = torch.arange(heads).repeat_interleave(width)[:, None]
+        self.slices.append(Slice(self._names[id(out.weight)], input_axis(out), group, columns))
 
-        for group, projections in ((head, entry.attention_in), (intermediate, entry.ffn_in)):
-            for path, layout in projections.items():
-                if path in entry.optional and not _has(layer, path):
-                    continue
-                module = self._find(layer, path)
-                owners = _owners(layout, sizes, _features(module)[1], f"{path} of layer {index}")
-                self._add_rows(group, module, owners)
-        columns = _owners("head", sizes, _features(attention_out)[0], f"{entry.attention_out} of layer {index}")
-        self.slices.append(Slice(self._names[id(attention_out.weight)], _input_axis(attention_out), head, columns))
-        self._add_rows(output, ffn_out, torch.arange(_features(ffn_out)[1])[:, None])
+    def _add_ffn(self, index: int, layer: nn.Module) -> None:
+        entry = self.architecture
+        if entry.ffn_out is None:
+            raise UserError(
+                f"units: layer {index} has no {' and '.join(entry.moe_out) or 'FFN'}; give ffn_in and ffn_out"
+            )
+        out = self._find_projection(layer, entry.ffn_out)
+        neurons, features = features_of(out)
+        group = self._add_group(index, "intermediate", neurons, out, "input")
+        for path, module, where in self._projections(index, layer, entry.ffn_in):
+            self._add_rows(group, module, _neuron_owners(entry.ffn_in[path], neurons, features_of(module)[1], where))
+        group = self._add_group(index, "output", features, out, "output")
+        self._add_rows(group, out, torch.arange(features)[:, None])
+
+    def _add_experts(self, index: int, layer: nn.Module) -> None:
+        entry = self.architecture
+        parameters, sizes = dict(layer.named_parameters()), {}
+        for path, axis in entry.moe_out.items():
+            if path not in parameters or not 0 <= axis < parameters[path].ndim:
+                raise UserError(f"units: moe_out: '{path}' of layer {index} is no parameter with an axis {axis}")
+            sizes[path] = parameters[path].shape[axis]
+        features = next(iter(sizes.values()))
+        if set(sizes.values()) != {features}:
+            raise UserError(f"units: the axes of moe_out have different lengths in layer {index}: {sizes}")
+        group = self._add_group(index, "output", features, self._find(layer, entry.moe_block), "output")
+        for path, axis in entry.moe_out.items():
+            owners = torch.arange(features)[:, None]
+            self.slices.append(Slice(self._names[id(parameters[path])], axis, group, owners))
+
+    def _add_group(self, index: int, kind: str, size: int, module: nn.Module, side: str) -> str:
+        key = f"layers.{index}.{kind}"
+        self.groups[key] = Group(key, kind, index, size, module, side)
+        return key
+
+    def _projections(
+        self, index: int, layer: nn.Module, layouts: Mapping[str, str]
+    ) -> Iterator[tuple[str, nn.Module, str]]:
+        for path in layouts:
+            if path not in self.architecture.optional or _has(layer, path):
+                yield path, self._find_projection(layer, path), f"{path} of layer {index}"
 
     def _add_rows(self, group: str, module: nn.Module, owners: torch.Tensor) -> None:
-        self.slices.append(Slice(self._names[id(module.weight)], 1 - _input_axis(module), group, owners))
-        if module.bias is not None:
-            self.slices.append(Slice(self._names[id(module.bias)], 0, group, owners))
+        self.slices.append(Slice(self._names[id(module.weight)], 1 - input_axis(module), group, owners))
+        bias = getattr(module, "bias", None)
+        if bias is not None:
+            self.slices.append(Slice(self._names[id(bias)], 0, group, owners))
+        for up in getattr(module, "lora_B", {}).values():  # ΔW = s · B A: rows of B are rows of ΔW
+            self.slices.extend(Slice(self._names[id(parameter)], 0, group, owners) for parameter in up.parameters())
 
     def _count(self, name: str) -> int:
         count = getattr(self.model.config, name, None)
@@ -239,6 +363,15 @@ class Units:
             )
         return root.get_submodule(path)
 
+    def _find_projection(self, layer: nn.Module, path: str) -> nn.Module:
+        module = self._find(layer, path)
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, nn.Parameter) or weight.ndim != 2:
+            raise UserError(
+                f"units: '{path}' is no projection: {type(module).__name__} has no weight of two dimensions"
+            )
+        return module
+
     def _find_lm_head(self) -> nn.Module:
         paths = self.architecture.lm_head
         paths = (paths,) if isinstance(paths, str) else tuple(paths)
@@ -247,46 +380,78 @@ class Units:
                 return self.model.get_submodule(path)
         raise UserError(
             f"{type(self.model).__name__} has no LM head ({' or '.join(paths)}): load the model with "
-            "AutoModelForMaskedLM"
+            "AutoModelForMaskedLM or AutoModelForCausalLM"
         )
 
 
 def _has(root: nn.Module, path: str) -> bool:
+    """Whether there is a module, or a parameter, at the path."""
+    parent, _, name = path.rpartition(".")
     try:
-        root.get_submodule(path)
+        getattr(root.get_submodule(parent), name)
     except AttributeError:
         return False
     return True
 
 
-def _is_transposed(module: nn.Module) -> bool:
-    return type(module).__name__ == "Conv1D"  # transformers' Conv1D keeps its weight as [in, out]
+def without_adapter(module: nn.Module) -> nn.Module:
+    """The projection itself, of one that carries a LoRA adapter."""
+    return getattr(module, "base_layer", module)
 
 
-def _input_axis(module: nn.Module) -> int:
-    return 0 if _is_transposed(module) else 1
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a projection keeps its weight as [in, out], as transformers' `Conv1D` does."""
+    return type(without_adapter(module)).__name__ == "Conv1D"
 
 
-def _features(module: nn.Module) -> tuple[int, int]:
+def input_axis(module: nn.Module) -> int:
+    """The axis of a projection's weight that its input features lie along."""
+    return 0 if is_transposed(module) else 1
+
+
+def features_of(module: nn.Module) -> tuple[int, int]:
     """Input and output features of a projection."""
+    module = without_adapter(module)
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features  # a quantized weight has another shape
     rows, columns = module.weight.shape
-    return (rows, columns) if _is_transposed(module) else (columns, rows)
+    return (rows, columns) if is_transposed(module) else (columns, rows)
 
 
-def _owners(layout: str, sizes: dict[str, int], rows: int, where: str) -> torch.Tensor:
-    """Unit indices of every row, shape [rows, readers], for a projection whose rows lie as `layout` says."""
-    words = layout.split()
-    unknown = [word for word in words if word not in sizes]
-    if unknown or not words:
-        raise UserError(f"units: layout '{layout}' of {where} is not made of head, kv and neuron")
-    total = sum(sizes[word] for word in words)
+def head_owners(layout: str, heads: int, width: int, rows: int, where: str) -> torch.Tensor:
+    """Heads of every row, shape [rows, readers], of a projection whose rows lie as `layout` says; each head reads
+    `width` features of each kind."""
+    bracketed = layout.startswith("(") and layout.endswith(")")
+    words = layout[1:-1].split() if bracketed else layout.split()
+    if not words or set(words) - {"head", "kv"}:
+        raise UserError(f"units: layout '{layout}' of {where} is not made of head and kv")
+    kv_heads = heads
+    if "kv" in words:
+        shared, rest = divmod(rows - words.count("head") * heads * width, words.count("kv") * width)
+        if shared < 1 or rest or heads % shared:
+            raise UserError(
+                f"units: {where} has {rows} rows: with {heads} heads of {width} features its layout '{layout}' leaves "
+                "no number of key/value heads that they could share"
+            )
+        kv_heads = shared
+    total = sum(heads if word == "head" else kv_heads for word in words)
     if rows % total:
         raise UserError(f"units: {where} has {rows} rows, no multiple of the {total} units of its layout '{layout}'")
-    readers = sizes["head"] // sizes["kv"] if "kv" in words else 1
-    pieces = []
+    readers = torch.arange(heads).view(kv_heads, -1)  # of each key/value head
+    blocks = []
     for word in words:
-        units = (
-            torch.arange(sizes["head"]).view(sizes["kv"], -1) if word == "kv" else torch.arange(sizes[word])[:, None]
-        )
-        pieces.append(units.expand(-1, readers).repeat_interleave(rows // total, dim=0))
-    return torch.cat(pieces)
+        units = readers if word == "kv" else torch.arange(heads)[:, None]
+        units = units.expand(-1, readers.shape[1]).repeat_interleave(rows // total, dim=0)
+        blocks.append(units.view(kv_heads if bracketed else 1, -1, readers.shape[1]))
+    return torch.cat(blocks, dim=1).flatten(0, 1)
+
+
+def _neuron_owners(layout: str, neurons: int, rows: int, where: str) -> torch.Tensor:
+    """Neurons of every row, shape [rows, 1]."""
+    words = layout.split()
+    if not words or set(words) != {"neuron"}:
+        raise UserError(f"units: layout '{layout}' of {where} is not made of neuron")
+    total = len(words) * neurons
+    if rows % total:
+        raise UserError(f"units: {where} has {rows} rows, no multiple of the {total} units of its layout '{layout}'")
+    return torch.arange(neurons).repeat_interleave(rows // total).repeat(len(words))[:, None]

@@ -53,7 +53,8 @@ def _gate_output(gate: torch.Tensor, module: nn.Module, args: tuple, output: tor
 
 
 def _scale(activation: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-    """`activation`, shape [batch, tokens, units × width], times `gate`, shape [batch, units]."""
+    """`activation`, shape [batch, tokens, units × width] (or flattened to [batch × tokens, …], as OPT's FFN sees it),
+    times `gate`, shape [batch, units]."""
     width = activation.shape[-1] // gate.shape[-1]
     gate = gate.to(activation.dtype).repeat_interleave(width, dim=1) if width > 1 else gate.to(activation.dtype)
-    return activation * gate[:, None, :]
+    return (activation.reshape(len(gate), -1, gate.shape[-1]) * gate[:, None, :]).view_as(activation)

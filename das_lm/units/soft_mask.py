@@ -53,6 +53,64 @@ def check_optimizer(optim: str, target: str) -> None:
         )
 
 
+def check_adapter(units: Units, kinds: Iterable[str]) -> None:
+    """Refuse a LoRA adapter that masks by unit cannot act on exactly; a model without adapter passes.
+
+    An adapter adds s · B A to the weights. Rows of B are rows of that: held at their 0, they add nothing to a unit's
+    rows. Columns have no parameter of their own: all of them move with B.
+
+    Raises:
+        UserError: what the adapter has to leave out, or what it lacks.
+    """
+    adapted = {name: module for name, module in units.model.named_modules() if hasattr(module, "lora_B")}
+    if not adapted:
+        return
+    kinds, parameters = set(kinds), dict(units.model.named_parameters())
+    rows = [piece for piece in units.slices if ".lora_B." in piece.parameter]
+    if not any(units.groups[piece.group].kind in kinds for piece in rows):
+        raise UserError(
+            f"peft: target_modules ({', '.join(sorted({name.split('.')[-1] for name in adapted}))}) hold no unit of "
+            f"the kinds that are masked ({', '.join(sorted(kinds))}); units are in the rows of "
+            f"{', '.join(sorted(_own_projections(units)))}: name some of these, or train without 'das'"
+        )
+    readers = {id(group.module) for group in units.groups.values() if group.kind == "head"}
+    for name, module in adapted.items():
+        if "head" in kinds and id(module) in readers:
+            raise UserError(
+                f"peft: '{name}' has an adapter, and what belongs to a head are columns there, which all move "
+                "together with B, so that no mask can hold one back: leave the module out of target_modules (or name "
+                "it in exclude_modules), or leave 'head' out of soft_mask_units"
+            )
+    for piece in units.slices:
+        if ".modules_to_save." in piece.parameter:
+            raise UserError(
+                f"peft: modules_to_save trains '{piece.parameter.split('.modules_to_save.')[0]}', which holds units; "
+                "name it in target_modules instead"
+            )
+    check_fresh(parameters, "masks by unit are exact on a fresh one alone")
+
+
+def check_fresh(parameters: Mapping[str, torch.nn.Parameter], reason: str) -> None:
+    """Refuse a LoRA adapter that adds something already.
+
+    Raises:
+        UserError: some trainable B is not 0; with the reason.
+    """
+    for name, parameter in parameters.items():
+        if ".lora_B." in name and parameter.requires_grad and parameter.any():
+            raise UserError(
+                f"peft: the adapter does not begin at 0 ({name}), and {reason}: give a peft_config that makes a fresh "
+                "one, and merge what was trained before into the model (merge_and_unload)"
+            )
+
+
+def _own_projections(units: Units) -> set[str]:
+    """Names of the projections whose rows are units'."""
+    entry = units.architecture
+    paths = [*entry.attention_in, *entry.ffn_in, *([entry.ffn_out] if entry.ffn_out else [])]
+    return {path.split(".")[-1] for path in paths if path not in entry.optional}
+
+
 class ParameterMask:
     """
     Scales what one optimizer step does to parameters by 1 − what is held back.

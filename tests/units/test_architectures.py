@@ -5,114 +5,136 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForMaskedLM,
     BertConfig,
     DebertaV2Config,
     DistilBertConfig,
     ElectraConfig,
+    FalconConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
     GPT2Config,
+    GPTNeoXConfig,
     LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
     ModernBertConfig,
+    Olmo2Config,
+    OPTConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
     RobertaConfig,
+    SmolLM3Config,
     XLMRobertaConfig,
 )
 
 from das_lm.errors import UserError
 from das_lm.objective import run_language_model
 from das_lm.units import ARCHITECTURES, Architecture, Slice, Units, gated
-from das_lm.units.discovery import _owners
+from das_lm.units.contract import check_contract, randomize
+from das_lm.units.discovery import _neuron_owners, head_owners, is_transposed
 from das_lm.units.gates import ones
-from das_lm.units.soft_mask import SoftMask
-from tests.conftest import PAD, VOCABULARY, random_batch, tiny_roberta
+from das_lm.units.importance import Importance
+from das_lm.units.inspection import build_model
+from tests.conftest import BOS, EOS, PAD, VOCABULARY, random_batch, tiny_roberta
 
 HIDDEN, HEADS, INTERMEDIATE, LAYERS = 32, 4, 64, 2
-WIDTH = HIDDEN // HEADS
-SIZES = {"vocab_size": VOCABULARY, "pad_token_id": PAD, "initializer_range": 0.2}
+IDS = {"vocab_size": VOCABULARY, "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
 SHAPE = {
-    **SIZES,
+    **IDS,
     "hidden_size": HIDDEN,
     "num_attention_heads": HEADS,
     "intermediate_size": INTERMEDIATE,
     "num_hidden_layers": LAYERS,
+    "max_position_embeddings": 40,
 }
-BERT = {**SHAPE, "max_position_embeddings": 40}
-DEBERTA = {**BERT, "relative_attention": True, "pos_att_type": "p2c|c2p", "position_biased_input": False}
+GROUPED = {**SHAPE, "num_key_value_heads": 2}
+DEBERTA = {**SHAPE, "relative_attention": True, "pos_att_type": "p2c|c2p", "position_biased_input": False}
+OPT = {**SHAPE, "ffn_dim": INTERMEDIATE}
+FALCON = {**SHAPE, "ffn_hidden_size": INTERMEDIATE}
+EXPERTS = {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}
 CONFIGS = {
-    "bert": BertConfig(**BERT),
-    "roberta": RobertaConfig(**BERT),
-    "xlm-roberta": XLMRobertaConfig(**BERT),
-    "electra": ElectraConfig(**BERT, embedding_size=16),
+    "bert": BertConfig(**SHAPE),
+    "roberta": RobertaConfig(**SHAPE),
+    "xlm-roberta": XLMRobertaConfig(**SHAPE),
+    "electra": ElectraConfig(**SHAPE, embedding_size=16),
     "distilbert": DistilBertConfig(
-        **SIZES, dim=HIDDEN, n_heads=HEADS, n_layers=LAYERS, hidden_dim=INTERMEDIATE, max_position_embeddings=40
+        **IDS, dim=HIDDEN, n_heads=HEADS, n_layers=LAYERS, hidden_dim=INTERMEDIATE, max_position_embeddings=40
     ),
     "deberta-v2": DebertaV2Config(**DEBERTA, share_att_key=False),
     "deberta-v2, shared keys": DebertaV2Config(**DEBERTA, share_att_key=True),
     "deberta-v2, new head": DebertaV2Config(**DEBERTA, share_att_key=False, legacy=False),
     "modernbert": ModernBertConfig(
-        **SHAPE,
-        max_position_embeddings=40,
-        global_attn_every_n_layers=2,
-        local_attention=4,
-        initializer_cutoff_factor=2.0,
-        cls_token_id=0,
-        sep_token_id=2,
-        bos_token_id=0,
-        eos_token_id=2,
+        **SHAPE, global_attn_every_n_layers=2, local_attention=4, cls_token_id=BOS, sep_token_id=EOS
+    ),
+    "gpt2": GPT2Config(**IDS, n_embd=HIDDEN, n_head=HEADS, n_layer=LAYERS, n_inner=INTERMEDIATE, n_positions=40),
+    "gpt_neox": GPTNeoXConfig(**SHAPE),
+    "gpt_neox, one after the other": GPTNeoXConfig(**SHAPE, use_parallel_residual=False, attention_bias=False),
+    "opt": OPTConfig(**OPT, word_embed_proj_dim=HIDDEN),
+    "opt, norms after, narrow embeddings": OPTConfig(**OPT, word_embed_proj_dim=16, do_layer_norm_before=False),
+    "falcon, one key for all": FalconConfig(**FALCON),
+    "falcon, a key per head": FalconConfig(**FALCON, multi_query=False, alibi=True, bias=True, parallel_attn=False),
+    "falcon, grouped": FalconConfig(**FALCON, new_decoder_architecture=True, num_kv_heads=2),
+    "llama": LlamaConfig(**GROUPED),
+    "llama, biases, a key per head": LlamaConfig(
+        **SHAPE, attention_bias=True, mlp_bias=True, tie_word_embeddings=True
+    ),
+    "mistral": MistralConfig(**GROUPED, sliding_window=4),
+    "qwen2": Qwen2Config(**GROUPED, tie_word_embeddings=True),
+    "qwen3": Qwen3Config(**GROUPED, head_dim=16),
+    "smollm3": SmolLM3Config(**GROUPED, no_rope_layers=[1, 0]),
+    "gemma2": Gemma2Config(**GROUPED, head_dim=16),
+    "gemma3_text": Gemma3TextConfig(
+        **GROUPED, head_dim=16, sliding_window=4, layer_types=["sliding_attention", "full_attention"]
+    ),
+    "olmo2": Olmo2Config(**GROUPED),
+    "phi3": Phi3Config(**GROUPED),
+    "mixtral": MixtralConfig(**EXPERTS),
+    "qwen3_moe, one layer without experts": Qwen3MoeConfig(
+        **EXPERTS, head_dim=16, moe_intermediate_size=16, mlp_only_layers=[0]
     ),
 }
-#: A user's own entry, for a model whose projections are transposed (`Conv1D`) and fused.
-GPT2 = Architecture(
-    layers="h",
-    attention_in={"attn.c_attn": "head head head"},
-    attention_out="attn.c_proj",
-    ffn_in={"mlp.c_fc": "neuron"},
-    ffn_out="mlp.c_proj",
-    lm_head="lm_head",
-)
-LLAMA = Architecture(
-    layers="layers",
-    attention_in={"self_attn.q_proj": "head", "self_attn.k_proj": "kv", "self_attn.v_proj": "kv"},
-    attention_out="self_attn.o_proj",
-    ffn_in={"mlp.gate_proj": "neuron", "mlp.up_proj": "neuron"},
-    ffn_out="mlp.down_proj",
-    lm_head="lm_head",
-)
-KINDS = ("head", "intermediate", "output")
-GROUPS = [f"layers.{layer}.{kind}" for layer in range(LAYERS) for kind in KINDS]
+#: Layers whose intermediate neurons belong to experts.
+EXPERT_LAYERS = {"mixtral": (0, 1), "qwen3_moe, one layer without experts": (1,)}
+#: Query heads that read the same key and value.
+SHARING = {
+    **dict.fromkeys(
+        ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma2", "gemma3_text", "olmo2", "phi3"), [(0, 1), (2, 3)]
+    ),
+    **dict.fromkeys(("falcon, grouped", *EXPERT_LAYERS), [(0, 1), (2, 3)]),
+    "falcon, one key for all": [(0, 1, 2, 3)],
+}
+LLAMA = ARCHITECTURES["llama"]
 
 
 def build(name):
-    """Model (dropout off) and units. Biases and norms get values too, so that a misplaced one shows."""
+    """Model (dropout off) and units. All parameters are random, so that a misplaced one shows."""
     torch.manual_seed(0)
-    if name == "gpt2":
-        config = GPT2Config(
-            vocab_size=VOCABULARY, n_embd=HIDDEN, n_head=HEADS, n_layer=LAYERS, n_inner=INTERMEDIATE, n_positions=40
-        )
-        model, entry = AutoModelForCausalLM.from_config(config), GPT2
-    else:
-        model, entry = AutoModelForMaskedLM.from_config(CONFIGS[name]), None
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    model.eval()
-    return model, Units(model, entry)
+    model = build_model(copy.deepcopy(CONFIGS[name])).eval()
+    randomize(model)
+    return model, Units(model)
 
 
-@pytest.fixture(scope="module", params=[*CONFIGS, "gpt2"])
+@pytest.fixture(scope="module", params=CONFIGS)
 def case(request):
-    """Shared by the tests of a module: whoever changes the model makes a copy."""
-    return build(request.param)
+    """Shared by the tests of a module: whoever changes the model puts it back."""
+    return request.param, *build(request.param)
 
 
-@pytest.fixture
-def own_case(case):
-    model, units = case
-    model = copy.deepcopy(model)
-    return model, Units(model, units.architecture)
+def groups_of(name):
+    kinds = {"head": HEADS, "intermediate": INTERMEDIATE, "output": HIDDEN}
+    return {
+        f"layers.{layer}.{kind}": size
+        for layer in range(LAYERS)
+        for kind, size in kinds.items()
+        if kind != "intermediate" or layer not in EXPERT_LAYERS.get(name, ())
+    }
 
 
 def logits(model, units=None, gates=None):
@@ -121,101 +143,101 @@ def logits(model, units=None, gates=None):
         return model(**inputs).logits
 
 
-def closed(units, key, unit, rows=(0, 1)):
-    """One gate that is 0 for a unit in some rows of a batch of two."""
-    gate = torch.ones(2, units.groups[key].size)
-    gate[list(rows), unit] = 0
-    return {key: gate}
-
-
-def is_transposed(module):
-    return type(module).__name__ == "Conv1D"
-
-
 def hooks(model):
     return [hook for m in model.modules() for hook in (*m._forward_hooks, *m._forward_pre_hooks)]
+
+
+# ---- the contract ------------------------------------------------------------------------------------------------
 
 
 def test_the_table_is_covered():
     assert {config.model_type for config in CONFIGS.values()} == set(ARCHITECTURES)
 
 
+def test_contract(case):
+    """The contract holds, and checking it leaves the model as it was."""
+    _, model, units = case
+    before, hooks_before = {name: p.detach().clone() for name, p in model.named_parameters()}, hooks(model)
+    assert {name: problems for name, problems in check_contract(units).items() if problems} == {}
+    assert hooks(model) == hooks_before
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+
+
 def test_unit_counts(case):
-    _, units = case
-    counts = {"head": HEADS, "intermediate": INTERMEDIATE, "output": HIDDEN}
-    assert units.sizes == {key: counts[key.rsplit(".", 1)[1]] for key in GROUPS}
+    name, _, units = case
+    assert units.sizes == groups_of(name)
 
 
 def test_every_projection_of_a_layer_is_owned_and_nothing_else(case):
-    """All weights and biases of the layers' projections belong to units, but for the attention output's bias."""
-    model, units = case
+    """All weights and biases of the layers' projections belong to units, but for the attention output's bias; of
+    experts, what makes their output."""
+    name, model, units = case
     expected = set()
-    for name, module in model.base_model.named_modules(prefix=model.base_model_prefix):
-        in_layer = f"{model.base_model_prefix}.{units.architecture.layers}." in name
-        if in_layer and (isinstance(module, nn.Linear) or is_transposed(module)):
-            expected.add(f"{name}.weight")
-            if module.bias is not None and not name.endswith(units.architecture.attention_out):
-                expected.add(f"{name}.bias")
+    for path, module in model.named_modules():
+        if f".{units.architecture.layers}." not in f".{path}":
+            continue
+        if isinstance(module, nn.Linear) or is_transposed(module):
+            expected.add(f"{path}.weight")
+            if module.bias is not None and not path.endswith(units.architecture.attention_out):
+                expected.add(f"{path}.bias")
+        if path.endswith("experts"):
+            expected.add(f"{path}.down_proj")
     assert units.owned_parameters() == expected
 
 
 def test_units_of_a_group_share_each_slice_evenly(case):
-    """Every entry along a slice's axis has one owner, and every unit owns as many of them as the others."""
-    model, units = case
+    """Every unit owns as many entries of a slice as the others, alone or with the heads that read the same key."""
+    name, model, units = case
     parameters = dict(model.named_parameters())
+    seen = set()
     for piece in units.slices:
-        assert piece.owners.shape == (parameters[piece.parameter].shape[piece.axis], 1)
-        counts = torch.bincount(piece.owners[:, 0], minlength=units.sizes[piece.group])
+        assert len(piece.owners) == parameters[piece.parameter].shape[piece.axis]
+        counts = torch.bincount(piece.owners.flatten(), minlength=units.sizes[piece.group])
         assert len(counts) == units.sizes[piece.group] and counts.min() == counts.max() > 0
+        if piece.group.endswith("head"):
+            seen |= {tuple(sorted(set(row))) for row in piece.owners.tolist()}
+        else:
+            assert piece.owners.shape[1] == 1
+    assert seen == {(head,) for head in range(HEADS)} | set(SHARING.get(name, []))
 
 
-@pytest.mark.parametrize("key", GROUPS)
-def test_closed_gate_equals_zeroed_weights(own_case, key):
-    """A gate at 0 does what zeros do in the projection that reads the unit, or makes it; other rows feel nothing."""
-    model, units = own_case
-    open_logits, unit = logits(model), units.groups[key].size - 2
-    gated_logits = logits(model, units, closed(units, key, unit, rows=[0]))
-    layer = model.base_model.get_submodule(units.architecture.layers)[units.groups[key].layer]
-    entry = units.architecture
-    module = layer.get_submodule(entry.attention_out if key.endswith("head") else entry.ffn_out)
-    weight = module.weight.data.T if is_transposed(module) else module.weight.data  # [out, in]
-    if key.endswith("head"):
-        weight[:, unit * WIDTH : (unit + 1) * WIDTH] = 0
-    elif key.endswith("intermediate"):
-        weight[:, unit] = 0
+@pytest.mark.parametrize("kind", ["head", "intermediate", "output"])
+def test_closed_gate_equals_zeroed_weights(case, kind):
+    """Written out once more, in the last layer: zeros in the projection that reads the unit, or makes it."""
+    name, model, units = case
+    key, entry = f"layers.{LAYERS - 1}.{kind}", units.architecture
+    if key not in units.groups:
+        return
+    gate = torch.ones(2, units.sizes[key])
+    unit = 3
+    gate[0, unit] = 0
+    open_logits, gated_logits = logits(model), logits(model, units, {key: gate})
+    layer = model.base_model.get_submodule(entry.layers)[-1]
+    if kind == "output" and LAYERS - 1 in EXPERT_LAYERS.get(name, ()):
+        (made,) = [p for path, p in layer.named_parameters() if path.endswith("experts.down_proj")]
+        zeroed = [made.data[:, unit]]
     else:
-        weight[unit] = 0
-        if module.bias is not None:
-            module.bias.data[unit] = 0
+        module = layer.get_submodule(entry.attention_out if kind == "head" else entry.ffn_out)
+        weight = module.weight.data.T if is_transposed(module) else module.weight.data  # [out, in]
+        if kind == "output":
+            zeroed = [weight[unit]] + ([] if module.bias is None else [module.bias.data[unit : unit + 1]])
+        else:
+            width = weight.shape[1] // units.sizes[key]
+            zeroed = [weight[:, unit * width : (unit + 1) * width]]
+    kept = [view.clone() for view in zeroed]
+    for view in zeroed:
+        view.zero_()
     zeroed_logits = logits(model)
+    for view, value in zip(zeroed, kept, strict=True):
+        view.copy_(value)
     torch.testing.assert_close(gated_logits[0], zeroed_logits[0], rtol=1e-4, atol=1e-4)
     assert torch.equal(gated_logits[1], open_logits[1])
     assert (open_logits - zeroed_logits)[0].abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("key", GROUPS)
-def test_slices_of_a_unit_reach_the_model_through_its_gate_alone(own_case, key):
-    """With a unit's gate closed its parameters can be anything; with the gate open each weight of it matters."""
-    model, units = own_case
-    parameters, unit = dict(model.named_parameters()), 1
-    gates = closed(units, key, unit)
-    open_before, closed_before = logits(model), logits(model, units, gates)
-    own = [piece for piece in units.slices if piece.group == key]
-    assert own
-    for piece in own:
-        parameter = parameters[piece.parameter]
-        index = (piece.owners[:, 0] == unit).nonzero()[:, 0]
-        original = parameter.data.clone()
-        noise = torch.randn(parameter.data.index_select(piece.axis, index).shape) * 0.5
-        parameter.data.index_add_(piece.axis, index, noise)
-        if parameter.ndim == 2:  # a bias of the keys shifts all scores alike and changes nothing
-            assert (logits(model) - open_before).abs().max() > 1e-4, piece.parameter
-        torch.testing.assert_close(logits(model, units, gates), closed_before, rtol=1e-4, atol=1e-5)
-        parameter.data.copy_(original)
-
-
 def test_open_gates_change_no_bit_and_leave_no_hook(case):
-    model, units = case
+    _, model, units = case
     before, hooks_before = logits(model), hooks(model)
     gates = ones(units.groups, 2, torch.device("cpu"))
     assert torch.equal(logits(model, units, gates), before)
@@ -225,53 +247,19 @@ def test_open_gates_change_no_bit_and_leave_no_hook(case):
     assert hooks(model) == hooks_before
 
 
-def test_importance_one_freezes_exactly_the_slices_of_a_unit(own_case):
-    """Every entry of every parameter gets the same step; those of the unit stay where they are, bit for bit."""
-    model, units = own_case
-    unit = 2
-    importance = {key: torch.zeros(size) for key, size in units.sizes.items()}
-    for values in importance.values():
-        values[unit] = 1
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    frozen = {name: torch.zeros(value.shape, dtype=torch.bool) for name, value in before.items()}
-    for piece in units.slices:
-        index = (piece.owners[:, 0] == unit).nonzero()[:, 0]
-        frozen[piece.parameter].index_fill_(piece.axis, index, True)
-    step(model, SoftMask(units, importance, "update"))
-    for name, parameter in model.named_parameters():
-        assert torch.equal(parameter == before[name], frozen[name]), name
-
-
-def test_importance_zero_freezes_nothing(own_case):
-    model, units = own_case
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    step(model, SoftMask(units, {key: torch.zeros(size) for key, size in units.sizes.items()}, "update"))
-    for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, before[name] - 1), name
-
-
-def step(model, mask):
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    for parameter in model.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    mask.before_step()
-    optimizer.step()
-    mask.after_step()
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_sparse_head_equals_the_dense_loss(name):
-    """The head on the predicted tokens alone gives the loss and the gradients of the model's own loss."""
-    model, units = build(name)
+def test_sparse_head_equals_the_dense_loss(case):
+    """The head on the predicted tokens alone gives the loss and the gradients of the head on all tokens."""
+    _, model, units = case
     batch = random_batch([9, 7, 5])
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
-    dense = model(**inputs, labels=batch["labels"]).loss
+    predicted = batch["labels"] != -100
+    dense = F.cross_entropy(model(**inputs).logits[predicted], batch["labels"][predicted])
     dense_gradients = torch.autograd.grad(dense, list(model.parameters()), allow_unused=True)
     before = hooks(model)
     output = run_language_model(model, units, inputs, batch["labels"])
     assert hooks(model) == before
-    assert output.logits.shape == ((batch["labels"] != -100).sum(), VOCABULARY)
-    assert output.hidden.shape == (3, 9, HIDDEN)
+    assert output.logits.shape == (predicted.sum(), VOCABULARY)
+    assert output.hidden.shape[:2] == (3, 9)
     sparse = output.losses().mean()
     torch.testing.assert_close(sparse, dense, rtol=1e-5, atol=1e-6)
     sparse_gradients = torch.autograd.grad(sparse, list(model.parameters()), allow_unused=True)
@@ -286,25 +274,21 @@ def test_sparse_head_equals_the_dense_loss(name):
         torch.testing.assert_close(means[row], output.losses()[output.rows == row].mean())
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_saved_model_loads_with_plain_transformers(name, tmp_path):
-    model, units = build(name)
-    with gated(units, ones(units.groups, 2, torch.device("cpu"))):
-        logits(model)
-    model.save_pretrained(tmp_path)
-    loaded, info = AutoModelForMaskedLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"]
-    assert type(loaded) is type(model)
-    assert torch.equal(logits(loaded.eval()), logits(model))
+@pytest.mark.parametrize("name", ["roberta", "distilbert", "modernbert", "deberta-v2"])
+def test_dense_loss_is_the_models_own(name):
+    model, _ = build(name)
+    batch = random_batch([9, 7, 5])
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    predicted = batch["labels"] != -100
+    ours = F.cross_entropy(model(**inputs).logits[predicted], batch["labels"][predicted])
+    torch.testing.assert_close(ours, model(**inputs, labels=batch["labels"]).loss)
 
 
 # ---- layouts -------------------------------------------------------------------------------------------------------
 
-COUNTS = {"head": 4, "kv": 2, "neuron": 3}
 
-
-def readers(layout, rows):
-    return [tuple(sorted(set(row))) for row in _owners(layout, COUNTS, rows, "here").tolist()]
+def readers(layout, rows, heads=4, width=3):
+    return [tuple(sorted(set(row))) for row in head_owners(layout, heads, width, rows, "here").tolist()]
 
 
 def test_layout_with_grouped_queries():
@@ -314,59 +298,85 @@ def test_layout_with_grouped_queries():
     assert readers("head kv kv", 24) == queries + shared + shared
 
 
+def test_layout_of_one_key_for_all_heads():
+    assert readers("head kv kv", 18) == [(head,) for head in range(4) for _ in range(3)] + [(0, 1, 2, 3)] * 6
+    assert readers("(head kv kv)", 18) == readers("head kv kv", 18)
+
+
+def test_layout_in_brackets_stands_once_per_key_value_head():
+    """Two query heads, their key, their value; the next two, their key, their value."""
+    first = [(0,)] * 3 + [(1,)] * 3 + [(0, 1)] * 6
+    second = [(2,)] * 3 + [(3,)] * 3 + [(2, 3)] * 6
+    assert readers("(head kv kv)", 24) == first + second
+
+
+def test_layout_in_brackets_with_a_key_per_head():
+    assert readers("(head kv kv)", 36) == readers("head", 36) == readers("(head head head)", 36)
+
+
 def test_key_value_rows_take_the_largest_importance_of_their_readers():
-    piece = Slice("qkv.weight", 0, "layers.0.head", _owners("head kv kv", COUNTS, 16, "here"))
+    piece = Slice("qkv.weight", 0, "layers.0.head", head_owners("head kv kv", 4, 2, 16, "here"))
     spread = piece.spread(torch.tensor([0.1, 0.7, 0.4, 0.2]), ndim=2)
     assert spread.shape == (16, 1)
     expected = [0.1, 0.1, 0.7, 0.7, 0.4, 0.4, 0.2, 0.2] + [0.7, 0.7, 0.4, 0.4] * 2
     torch.testing.assert_close(spread[:, 0], torch.tensor(expected))
 
 
+def test_importance_of_output_neurons_lies_along_an_axis_of_the_fused_experts():
+    spread = Slice("down_proj", 1, "layers.0.output", torch.arange(3)[:, None]).spread(torch.tensor([1, 2, 3]), 3)
+    assert spread.shape == (1, 3, 1) and spread.flatten().tolist() == [1, 2, 3]
+
+
 def test_layout_interleaved_by_head():
     """`head` on a fused projection: query, key and value of a head stand together."""
-    assert readers("head", 24) == [(row // 6,) for row in range(24)]
+    assert readers("head", 24, width=2) == [(row // 6,) for row in range(24)]
 
 
 def test_layout_in_blocks():
-    assert readers("head head head", 24) == [(row // 2,) for row in range(8)] * 3
+    assert readers("head head head", 24, width=2) == [(row // 2 % 4,) for row in range(24)]
 
 
 def test_layout_of_fused_gate_and_up():
-    assert readers("neuron neuron", 6) == [(0,), (1,), (2,)] * 2
+    assert _neuron_owners("neuron neuron", 3, 6, "here").tolist() == [[0], [1], [2]] * 2
+    assert _neuron_owners("neuron", 3, 6, "here").tolist() == [[0], [0], [1], [1], [2], [2]]
 
 
-@pytest.mark.parametrize("layout", ["", "head value"])
-def test_layout_of_unknown_words(layout):
-    with pytest.raises(UserError, match=f"layout '{layout}' of here is not made of head, kv and neuron"):
-        _owners(layout, COUNTS, 24, "here")
+@pytest.mark.parametrize("layout", ["", "()", "head value", "neuron", "(head kv) kv"])
+def test_attention_layout_of_unknown_words(layout):
+    with pytest.raises(UserError) as error:
+        head_owners(layout, 4, 3, 24, "here")
+    assert f"layout '{layout}' of here is not made of head and kv" in str(error.value)
 
 
-def test_layout_that_does_not_divide_the_rows():
-    with pytest.raises(UserError, match="here has 25 rows, no multiple of the 8 units of its layout 'head kv kv'"):
-        _owners("head kv kv", COUNTS, 25, "here")
+@pytest.mark.parametrize("layout", ["", "neuron head"])
+def test_neuron_layout_of_unknown_words(layout):
+    with pytest.raises(UserError, match=f"layout '{layout}' of here is not made of neuron"):
+        _neuron_owners(layout, 3, 24, "here")
 
 
-def test_model_with_grouped_queries():
-    """Key and value rows reach the output through their two query heads, and through no other."""
-    torch.manual_seed(0)
-    config = LlamaConfig(**{**SHAPE, "num_key_value_heads": 2, "max_position_embeddings": 40})
-    model = AutoModelForCausalLM.from_config(config).eval()
-    units = Units(model, LLAMA)
-    assert units.sizes == {f"layers.{i}.{k}": n for i in range(2) for k, n in zip(KINDS, (4, 64, 32), strict=True)}
-    both, one = torch.ones(2, HEADS), torch.ones(2, HEADS)
-    both[:, 2:] = 0
-    one[:, 2] = 0
-    parameters = dict(model.named_parameters())
-    for name in ("k_proj", "v_proj"):
-        (piece,) = (piece for piece in units.slices if piece.parameter == f"model.layers.0.self_attn.{name}.weight")
-        assert piece.owners.shape == (2 * WIDTH, 2)
-        index = (piece.owners == 3).any(dim=1).nonzero()[:, 0]
-        assert index.tolist() == list(range(WIDTH, 2 * WIDTH))
-        before = [logits(model, units, {"layers.0.head": gate}) for gate in (both, one)]
-        parameters[piece.parameter].data.index_add_(0, index, torch.randn(WIDTH, HIDDEN))
-        after = [logits(model, units, {"layers.0.head": gate}) for gate in (both, one)]
-        torch.testing.assert_close(after[0], before[0], rtol=1e-4, atol=1e-5)
-        assert (after[1] - before[1]).abs().max() > 1e-3
+@pytest.mark.parametrize(
+    ("layout", "rows", "message"),
+    [
+        ("head head", 25, "has 25 rows, no multiple of the 8 units of its layout 'head head'"),
+        ("head kv kv", 25, "leaves no number of key/value heads that they could share"),  # no whole features
+        ("head kv kv", 30, "leaves no number of key/value heads that they could share"),  # three for four heads
+        ("head kv kv", 12, "leaves no number of key/value heads that they could share"),  # none
+    ],
+)
+def test_layout_that_does_not_fit_the_rows(layout, rows, message):
+    with pytest.raises(UserError, match=f"here .*{message}"):
+        head_owners(layout, 4, 3, rows, "here")
+
+
+def test_rows_of_falcons_interleaved_groups():
+    """Width 8: two queries, a key and a value take 32 rows, twice."""
+    _, units = build("falcon, grouped")
+    (piece,) = (
+        piece for piece in units.slices if piece.parameter.endswith("h.0.self_attention.query_key_value.weight")
+    )
+    entries = [(piece.owners == head).any(dim=1).nonzero()[:, 0].tolist() for head in range(HEADS)]
+    assert entries[0] == [*range(0, 8), *range(16, 32)] and entries[1] == list(range(8, 32))
+    assert entries[2] == [*range(32, 40), *range(48, 64)] and entries[3] == list(range(40, 64))
 
 
 def test_transposed_projection_lies_along_the_other_axis():
@@ -379,14 +389,25 @@ def test_transposed_projection_lies_along_the_other_axis():
     assert axes["mlp.c_proj.weight"] == 1 and axes["mlp.c_proj.bias"] == 0
 
 
+def test_kinds_that_a_layer_lacks():
+    """Importance of a model with experts in one of two layers: normalised, saved, loaded and summed up."""
+    _, units = build("qwen3_moe, one layer without experts")
+    raw = {key: torch.rand(size) for key, size in units.sizes.items()}
+    importance = Importance("rank")
+    importance.accumulate("bio", raw)
+    assert set(importance.saturation()) == {"head", "intermediate", "output"}
+    layers = {kind: len(maps["bio"]) for kind, maps in importance.maps()["maps"].items()}
+    assert layers == {"head": 2, "intermediate": 1, "output": 2}
+
+
 # ---- entries -------------------------------------------------------------------------------------------------------
 
 
 def test_unsupported_model_type_lists_the_supported_ones():
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", n_layer=1, n_embd=8, n_head=2))
+    config = AutoConfig.for_model("gptj", n_layer=1, n_embd=8, n_head=2, rotary_dim=2, vocab_size=VOCABULARY)
     with pytest.raises(UserError) as error:
-        Units(model)
-    for word in ("'gpt2'", *ARCHITECTURES, "architecture=", "units:"):
+        Units(AutoModelForCausalLM.from_config(config))
+    for word in ("'gptj'", *ARCHITECTURES, "das-lm units MODEL", "architecture=", "units:"):
         assert word in str(error.value)
 
 
@@ -398,13 +419,30 @@ def roberta_entry(**changes):
 @pytest.mark.parametrize(
     ("changes", "missing"),
     [
+        ({"layers": "encoder"}, "'encoder' is no list of layers but RobertaEncoder"),
         ({"layers": "encoder.layers"}, "'encoder.layers'.*RobertaModel.*Did you mean 'encoder.layer'"),
         ({"attention_out": "attention.output.proj"}, "'attention.output.proj', but RobertaLayer"),
         ({"ffn_in": {"intermediate.up": "neuron"}}, "'intermediate.up'"),
         ({"attention_in": {"attention.self.q": "head"}}, "'attention.self.q'"),
         ({"lm_head": ("cls", "other")}, r"RobertaForMaskedLM has no LM head \(cls or other\)"),
         ({"heads": "n_heads"}, "no number 'n_heads'"),
-        ({"ffn_in": {"intermediate.dense": "neuron head"}}, "intermediate.dense of layer 0 has 64 rows"),
+        (
+            {"heads": "vocab_size"},
+            "attention.output.dense of layer 0 has 32 input features, no multiple of the 64 heads",
+        ),
+        ({"ffn_in": {"intermediate.dense": "neuron neuron"}}, "intermediate.dense of layer 0 has 64 rows"),
+        ({"ffn_in": {"intermediate.dense": "head"}}, "layout 'head' of intermediate.dense of layer 0"),
+        ({"ffn_out": "output.LayerNorm"}, "'output.LayerNorm' is no projection: LayerNorm"),
+        ({"ffn_out": None}, "layer 0 has no FFN; give ffn_in and ffn_out"),
+        ({"shared_norms": ("attention.q_norm",)}, "'attention.q_norm'"),
+        ({"moe_block": "mlp"}, "moe_block and moe_out go together"),
+        ({"moe_block": "output", "moe_out": {"output.dense": 0}}, "'output.dense' of layer 0 is no parameter with an"),
+        ({"moe_block": "output", "moe_out": {"output.dense.weight": 2}}, "no parameter with an axis 2"),
+        (
+            {"moe_block": "output", "moe_out": {"output.dense.weight": 1, "output.dense.bias": 0}},
+            "different lengths in layer 0: {'output.dense.weight': 64, 'output.dense.bias': 32}",
+        ),
+        ({"moe_block": "mlp", "moe_out": {"output.dense.weight": 0}}, "names 'mlp'"),
     ],
 )
 def test_entry_that_does_not_fit_names_what_is_missing(changes, missing):
@@ -419,13 +457,15 @@ def test_model_without_lm_head():
 
 
 def test_entry_as_a_recipe_gives_it():
-    """Plain data makes the same entry; a wrong key or a missing one is named."""
+    """Plain data makes the same entry; a wrong key, a missing one, or one of a wrong type is named."""
     plain = {name: getattr(LLAMA, name) for name in ("layers", "attention_in", "attention_out", "ffn_in", "ffn_out")}
     assert Architecture.from_dict({**plain, "lm_head": "lm_head"}) == LLAMA
     with pytest.raises(UserError, match="unknown key 'layer'. Did you mean 'layers'"):
         Architecture.from_dict({**plain, "layer": "h"})
-    with pytest.raises(UserError, match="units: .*lm_head"):
+    with pytest.raises(UserError, match="units: lm_head: "):
         Architecture.from_dict(plain)
+    with pytest.raises(UserError, match="units: attention_in: "):
+        Architecture.from_dict({**plain, "lm_head": "lm_head", "attention_in": ["q_proj"]})
 
 
 def test_optional_projection_that_is_there_is_owned():

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from torch import nn
 
+from das_lm.data.embedded import MODELS
 from das_lm.errors import UserError, did_you_mean
 from das_lm.units.contract import PROPERTIES, check_contract, randomize
 from das_lm.units.discovery import ARCHITECTURES, Architecture, Group, Slice, Units
@@ -181,7 +182,8 @@ def load_entry(path: str) -> Architecture:
 
 def load_config(name: str, trust_remote_code: bool = False) -> PreTrainedConfig:
     """
-    The config of a model type (as its authors set it by default), of a directory, or of a model of the hub.
+    The config of a model type (as its authors set it by default), of a directory, of a model of the hub, or of a
+    built-in one.
 
     Raises:
         UserError: it is none of these.
@@ -189,6 +191,7 @@ def load_config(name: str, trust_remote_code: bool = False) -> PreTrainedConfig:
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
+    name = str(MODELS.get(name, name))
     if name in CONFIG_MAPPING_NAMES and not Path(name).exists():
         return AutoConfig.for_model(name)
     try:

@@ -11,8 +11,10 @@ DOMAINS: tuple[str, ...] = ("general", "bio", "cs")
 SPLITS: tuple[str, ...] = ("train", "held_out")
 BASE_MODEL: Path = Path(__file__).parent / "base_model"
 CAUSAL_MODEL: Path = Path(__file__).parent / "causal_model"
+#: What they are called where a model is named.
+MODELS: dict[str, Path] = {"built-in": BASE_MODEL, "built-in-causal": CAUSAL_MODEL}
 
-__all__ = ["BASE_MODEL", "CAUSAL_MODEL", "DOMAINS", "SPLITS", "cloze", "documents"]
+__all__ = ["BASE_MODEL", "CAUSAL_MODEL", "DOMAINS", "MODELS", "SPLITS", "cloze", "documents"]
 
 
 def documents(domain: str, split: str) -> list[dict]:

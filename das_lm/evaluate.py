@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from das_lm import __version__
+from das_lm.adapters import base_of
 from das_lm.cpu import use_all_cores
 from das_lm.data.blocks import HeldOutWindows, SingleMasks
 from das_lm.data.domains import Domain
@@ -28,10 +30,17 @@ from das_lm.evaluation.end_task import EndTaskConfig, Task, fine_tune, load_task
 from das_lm.evaluation.forgetting import FILE_NAME, Results
 from das_lm.evaluation.held_out import HeldOut
 from das_lm.evaluation.probes import Questions, cloze_accuracy, load_questions
-from das_lm.pretrain import RECIPE_NAME, held_out_windows, is_causal, load_model, load_tokenizer, model_path, stages_of
+from das_lm.pretrain import (
+    RECIPE_NAME,
+    held_out_windows,
+    is_causal,
+    load_model,
+    load_tokenizer,
+    measuring_trainer,
+    model_path,
+    stages_of,
+)
 from das_lm.recipe import Recipe, load_recipe
-from das_lm.trainer import ContinualTrainer
-from das_lm.units import Architecture
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -227,14 +236,8 @@ class _Model:
     """A checkpoint and what can be measured of it."""
 
     def __init__(self, path: str, recipe: Recipe, tokenizer: Any, scratch: str):
-        self.path, self.tokenizer = path, tokenizer
-        self.trainer = ContinualTrainer(
-            load_model(path, recipe),
-            recipe.training_arguments(None, scratch),
-            "naive",
-            processing_class=tokenizer,
-            architecture=Architecture.from_dict(recipe.units) if recipe.units else None,
-        )
+        self.path, self.tokenizer, self.scratch = path, tokenizer, scratch
+        self.trainer = measuring_trainer(load_model(path, recipe), recipe, tokenizer, scratch)
         self.name = fingerprint(
             model_fingerprint(self.trainer.model), tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map
         )
@@ -273,10 +276,21 @@ class _Model:
         """How well it can be fine-tuned."""
 
         def measure() -> Measurement:
-            found = fine_tune(self.path, task, config)
+            found = fine_tune(self._whole_path(), task, config)
             return {"predictions": torch.from_numpy(found.predictions)}, found.measures()
 
         return remembered(stage, f"end-task {name}", fingerprint("end-task", self.name, task, config), measure)[1]
+
+    def _whole_path(self) -> str:
+        """A directory with all of its weights: its own, or, of an adapter, one with the sum."""
+        if base_of(self.path) is None:
+            return self.path
+        if self.trainer.has_adapter:
+            raise UserError("end_task: fine-tunes all weights, which a quantized model does not let; leave it out")
+        whole = os.path.join(self.scratch, "whole")
+        self.trainer.model.save_pretrained(whole)
+        self.tokenizer.save_pretrained(whole)
+        return whole
 
 
 class _Remembered:

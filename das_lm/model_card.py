@@ -60,8 +60,15 @@ def model_card(results: Results, directory: Path, repository: str | None = None)
         if results.causal
         else ("fill-mask", "masked", "AutoModelForMaskedLM")
     )
+    place = json.dumps(repository or directory.name, ensure_ascii=False)
+    is_adapter = recipe.get("peft", {}).get("adapters", "merge") != "merge"
+    load, imports, needed = f"{loader}.from_pretrained({place})", "", "`transformers`"
+    if is_adapter:
+        name = base if _is_on_hub(base) else os.path.basename(os.path.normpath(base))
+        load = f"PeftModel.from_pretrained({loader}.from_pretrained({json.dumps(name, ensure_ascii=False)}), {place})"
+        imports, needed = "from peft import PeftModel\n", f"`transformers`, `peft` and {start}"
     data = ModelCardData(
-        library_name="transformers",
+        library_name="peft" if is_adapter else "transformers",
         pipeline_tag=task,
         tags=["das-lm", "continual-pretraining", "continual-learning", *recipe["method"]],
         base_model=base if _is_on_hub(base) else None,
@@ -80,17 +87,16 @@ def model_card(results: Results, directory: Path, repository: str | None = None)
             for measure, name in (("loss", f"loss, {results.unit}"), ("accuracy", "top-1 accuracy"))
         ],
     )
-    place = json.dumps(repository or directory.name, ensure_ascii=False)
     parts = [
         f"# {start} after {_plain(', '.join(learned))}",
         f"{start}, further trained by {kind} language modeling on {_bold(learned)}"
         f"{f' ({order})' if len(learned) > 1 else ''} with the method `{'+'.join(recipe['method'])}` of das-lm: "
         f"stage {number} of {count}.",
         "## Load it",
-        f"```python\nfrom transformers import {loader}, AutoTokenizer\n\n"
-        f"model = {loader}.from_pretrained({place})\n"
+        f"```python\n{imports}from transformers import {loader}, AutoTokenizer\n\n"
+        f"model = {load}\n"
         f"tokenizer = AutoTokenizer.from_pretrained({place})\n```",
-        "Nothing but `transformers` is needed. To teach it a further domain, from a copy on disk:",
+        f"Nothing but {needed} is needed. To teach it a further domain, from a copy on disk:",
         "```shell\ndas-lm pretrain --recipe RECIPE --model_name_or_path DIRECTORY --domain NAME=PATH\n```",
         "## What it learned",
         _table([["domain", "learned", "text", "training documents", "held-out documents"], *_domains(results)]),
@@ -211,7 +217,8 @@ def _limits(results: Results) -> list[str]:
 
 def _arguments(recipe: dict[str, Any]) -> list[list[str]]:
     """Name and value of what the recipe sets, for all domains or for one."""
-    given = [(key, value, "") for key, value in recipe.get("training", {}).items()]
+    given = [(f"peft.{key}", value, "") for key, value in recipe.get("peft", {}).items()]
+    given += [(key, value, "") for key, value in recipe.get("training", {}).items()]
     for domain in recipe["domains"]:
         given += [(key, value, f" ({_plain(domain['name'])})") for key, value in domain.get("training", {}).items()]
     return [

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import accelerate
 import datasets
+import peft
 import torch
 import transformers
 import yaml
@@ -29,11 +30,12 @@ from rich.markup import escape
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.trainer_utils import IntervalStrategy
 
 from das_lm import __version__, adapters
 from das_lm.cpu import use_all_cores
 from das_lm.data.blocks import HeldOutWindows, TrainingBlocks, labeling
-from das_lm.data.embedded import BASE_MODEL, CAUSAL_MODEL
+from das_lm.data.embedded import MODELS
 from das_lm.data.leakage import find_leakage
 from das_lm.data.new_words import add_words, find_new_words
 from das_lm.data.packing import pack, windows
@@ -212,6 +214,8 @@ def _walk(
             tokenizer = _with_new_words(model, tokenizer, stage, text, recipe)
             with _curves_in(output / CURVES_NAME / stage.directory.name):
                 trainer = make_trainer(model, tokenizer, stage, stage.workshop)
+            if recipe.peft and recipe.peft["adapters"] != "merge":
+                trainer.model.active_peft_config.base_model_name_or_path = model_path(recipe)
             console.rule(f"[bold]{stage.name}[/bold] ({index} of {len(stages)})", align="left")
             started = time.perf_counter()
             trainer.train(resume_from_checkpoint=newest_checkpoint(stage.workshop))
@@ -286,7 +290,8 @@ def _with_new_words(model: Any, tokenizer: Any, stage: Stage, text: dict[str, Do
 def measuring_trainer(model: Any, recipe: Recipe, tokenizer: Any, directory: str) -> ContinualTrainer:
     """A trainer that only measures a model."""
     args = recipe.training_arguments(None, directory)
-    args.push_to_hub = False
+    args.push_to_hub, args.eval_strategy = False, IntervalStrategy.NO
+    # The Trainer takes no quantized model without an adapter; a fresh one adds nothing.
     bare = getattr(model.config, "quantization_config", None) and not isinstance(model, PeftModel)
     return ContinualTrainer(
         model,
@@ -294,7 +299,7 @@ def measuring_trainer(model: Any, recipe: Recipe, tokenizer: Any, directory: str
         "naive",
         processing_class=tokenizer,
         architecture=Architecture.from_dict(recipe.units) if recipe.units else None,
-        peft_config=adapters.lora_config(recipe.peft) if bare else None,  # the Trainer takes no quantized model without
+        peft_config=adapters.lora_config(recipe.peft) if bare else None,
     )
 
 
@@ -445,7 +450,7 @@ def model_path(recipe: Recipe) -> str:
 
 
 def _path(name: str) -> str:
-    return str({"built-in": BASE_MODEL, "built-in-causal": CAUSAL_MODEL}.get(name, name))
+    return str(MODELS.get(name, name))
 
 
 def _config(path: str, recipe: Recipe) -> Any:
@@ -459,8 +464,8 @@ def check_model(recipe: Recipe) -> None:
     Look at the config alone, before anything heavy loads.
 
     Raises:
-        UserError: no such model, an architecture that is not supported, a wrong entry for it, or weights that cannot be
-            trained as the recipe says.
+        UserError: no such model, an architecture that is not supported, a wrong entry for it, or weights that cannot
+            be trained as the recipe says.
     """
     path = model_path(recipe)
     try:
@@ -470,7 +475,8 @@ def check_model(recipe: Recipe) -> None:
     if recipe.units is None and config.model_type not in ARCHITECTURES:
         raise UserError(
             f"model_name_or_path: models of type '{config.model_type}' are not supported; supported are "
-            f"{', '.join(sorted(ARCHITECTURES))}; say where the units of another one are with `units:` in the recipe"
+            f"{', '.join(sorted(ARCHITECTURES))}; for another one, das-lm units proposes what to write as `units:` in "
+            "the recipe"
         )
     if recipe.units is not None:
         Architecture.from_dict(recipe.units)
@@ -622,7 +628,8 @@ def _one_line(error: Exception) -> str:
 
 
 def _facts(recipe: Recipe, text: dict[str, Documents], args: Any) -> dict[str, Any]:
-    versions = {module.__name__: module.__version__ for module in (torch, transformers, datasets, accelerate)}
+    modules = (torch, transformers, datasets, accelerate, *([peft] if recipe.peft else []))
+    versions = {module.__name__: module.__version__ for module in modules}
     return {
         "recipe": yaml.safe_load(recipe.to_yaml()),
         "versions": {"das_lm": __version__, **versions, "python": platform.python_version()},

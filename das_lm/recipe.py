@@ -49,6 +49,9 @@ class Recipe:
         trust_remote_code: Run the code that comes with a model of the hub.
         attn_implementation: Attention of the model, as `from_pretrained` takes it.
         units: Where the units of an architecture are that the package does not know.
+        peft: Train LoRA adapters instead of all weights: arguments of PEFT's `LoraConfig`; `adapters`, what becomes of
+            a domain's (`"merge"` into the model, `"stack"` beside it, or keep every domain's `"apart"`); and
+            `load_in_4bit`.
         description: One line for people.
 
     Raises:
@@ -65,6 +68,7 @@ class Recipe:
     trust_remote_code: bool = False
     attn_implementation: str | None = None
     units: dict[str, Any] | None = None
+    peft: dict[str, Any] | None = None
     description: str = ""
 
     @field_validator("model_name_or_path", "output_dir")
@@ -125,6 +129,21 @@ class Recipe:
                         "arguments of its own; write sequential, or leave them out"
                     )
         return schedule
+
+    @field_validator("peft")
+    @classmethod
+    def _check_peft(cls, peft: dict[str, Any] | None, info: ValidationInfo) -> dict[str, Any] | None:
+        from das_lm.methods import METHODS
+
+        if peft is None:
+            return None
+        for name in info.data.get("method", []):
+            if not METHODS[name].works_with_adapters:
+                raise ValueError(
+                    f"the method '{name}' remembers single parameters, and the next domain's adapter has others; "
+                    "leave peft out, or write another method, such as das or replay"
+                )
+        return check_peft(peft)
 
     def training_arguments(self, domain: Domain | None, output_dir: str) -> DASConfig:
         """The training arguments of the recipe with those of a domain over them.
@@ -188,12 +207,41 @@ def _training_hints() -> dict[str, Any]:
 
 def check_training(training: dict[str, Any], at: KeyPath) -> tuple[dict[str, Any], list[tuple[KeyPath, str]]]:
     """Convert training arguments to the types of [`DASConfig`]'s fields; (path, message) of those that do not fit."""
-    hints = _training_hints()
+    problems = [((*at, key), ELSEWHERE[key]) for key in training if key in ELSEWHERE]
+    converted, wrong = _converted({k: v for k, v in training.items() if k not in ELSEWHERE}, _training_hints(), at)
+    return converted, problems + wrong
+
+
+def check_peft(peft: dict[str, Any]) -> dict[str, Any]:
+    """Convert what a recipe says of adapters to the types of [`LoraConfig`]'s fields, with `adapters` spelled out.
+
+    Raises:
+        ValueError: All that does not fit.
+    """
+    from peft import LoraConfig
+
+    from das_lm.adapters import ADAPTERS, LORA_ARGUMENTS
+
+    hints = typing.get_type_hints(LoraConfig)
+    hints = {"adapters": Literal[ADAPTERS], "load_in_4bit": bool} | {name: hints[name] for name in LORA_ARGUMENTS}
+    converted, problems = _converted({"adapters": "merge", **peft}, hints, ())
+    if problems:
+        raise ValueError("; ".join(f"{key_path(path)}: {message}" for path, message in problems))
+    if converted.get("load_in_4bit") and converted["adapters"] != "apart":
+        raise ValueError(
+            f"load_in_4bit: an adapter cannot be added to weights of 4 bits without loss, so that no domain can start "
+            f"from the one before; write adapters: apart, not {converted['adapters']}, or leave load_in_4bit out"
+        )
+    return converted
+
+
+def _converted(
+    given: dict[str, Any], hints: dict[str, Any], at: KeyPath
+) -> tuple[dict[str, Any], list[tuple[KeyPath, str]]]:
+    """Arguments converted to their types; (path, message) of those that do not fit."""
     converted, problems = {}, []
-    for key, value in training.items():
-        if key in ELSEWHERE:
-            problems.append(((*at, key), ELSEWHERE[key]))
-        elif key not in hints:
+    for key, value in given.items():
+        if key not in hints:
             problems.append(((*at, str(key)), f"unknown key.{did_you_mean(str(key), hints)}"))
         else:
             try:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftConfig, PeftModel
 from torch import nn
 from torch.utils.data import SequentialSampler
 from tqdm.auto import tqdm
@@ -17,6 +18,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, HubStrategy, rotate_checkpoints
 
 from das_lm import __version__
+from das_lm.adapters import check_adapter_kind, with_adapter
 from das_lm.config import DASConfig
 from das_lm.cpu import keep_freed_memory
 from das_lm.data.blocks import (
@@ -59,6 +61,9 @@ class ContinualTrainer(Trainer):
         development_dataset: held-out data sets by domain, as in `eval_dataset`, for what a method chooses by a score
             (`interpolation_alpha="auto"`); never the ones that are reported.
         architecture: where the model's units are, for a model type that is not in the table.
+        peft_config: a `LoraConfig` of PEFT: a fresh adapter learns, and the model is frozen. What is saved is the
+            adapter; `trainer.model.merge_and_unload()` is the model that the next domain starts from. A `PeftModel`
+            trains the adapter that it has.
         kwargs: further arguments of the Trainer.
 
     Raises:
@@ -76,6 +81,7 @@ class ContinualTrainer(Trainer):
         domain: str = "domain",
         development_dataset: Mapping[str, Any] | None = None,
         architecture: Architecture | None = None,
+        peft_config: PeftConfig | None = None,
         **kwargs: Any,
     ):
         _refuse(args)
@@ -83,6 +89,8 @@ class ContinualTrainer(Trainer):
         if args.device.type == "cpu":
             keep_freed_memory()
         self.domain = domain
+        model = self._adapted(args, model, processing_class, peft_config)
+        self.has_adapter = isinstance(model, PeftModel)
         if processing_class is None:
             if args.non_unit_lr_scale != 1:
                 raise UserError("non_unit_lr_scale: only a language model has units; leave it at 1 for another module")
@@ -92,14 +100,15 @@ class ContinualTrainer(Trainer):
                 train_dataset = TrainingRows({domain: train_dataset}, data_seed(args))
         else:
             self.units = Units(model, architecture)
+            inner = self.units.model
             self.objective = LanguageModeling(
                 self.units,
-                model.can_generate(),
-                separator_of(processing_class) if model.can_generate() and args.separate_documents else None,
+                inner.can_generate(),
+                separator_of(processing_class) if inner.can_generate() and args.separate_documents else None,
             )
             kwargs.setdefault("data_collator", PaddingCollator(processing_class))
             train_dataset, eval_dataset, development_dataset = self._prepared(
-                args, model, processing_class, train_dataset, eval_dataset, development_dataset
+                args, inner, processing_class, train_dataset, eval_dataset, development_dataset
             )
         self.development_dataset = development_dataset
         super().__init__(
@@ -117,8 +126,32 @@ class ContinualTrainer(Trainer):
         self._until_backward = ExitStack()
         self.methods = [_make_method(one) for one in ([method] if isinstance(method, str | Method) else method)]
         for one in self.methods:
+            if self.has_adapter and not one.works_with_adapters:
+                raise UserError(
+                    f"method: '{type(one).__name__.lower()}' remembers single parameters, and the next domain's "
+                    "adapter has others: train all weights, without peft, or use another method, such as das or replay"
+                )
             one.attach(self)
         self.add_callback(_Moments(self))
+
+    def _adapted(self, args: DASConfig, model: nn.Module, tokenizer: Any, config: PeftConfig | None) -> nn.Module:
+        """The model with its adapter, if it has one or gets one."""
+        if config is None and not isinstance(model, PeftModel):
+            if getattr(getattr(model, "config", None), "quantization_config", None):
+                raise UserError(
+                    "the model is quantized, so that its weights cannot be trained: give a peft_config, or load it in "
+                    "full precision"
+                )
+            return model
+        if tokenizer is None:
+            raise UserError("peft_config: only a language model takes an adapter; give a processing_class")
+        if args.non_unit_lr_scale != 1:
+            raise UserError("non_unit_lr_scale: with an adapter, only what peft names learns; leave it at 1")
+        args.label_names = args.label_names or ["labels"]  # the Trainer cannot see them through PEFT's wrapper
+        if config is not None:
+            return with_adapter(model, config, addressed_seed(args.seed, self.domain, "adapter"))
+        check_adapter_kind(model)
+        return model
 
     def _prepared(
         self, args: DASConfig, model: nn.Module, tokenizer: Any, train_dataset: Any, *held_out: Any
@@ -353,11 +386,15 @@ class ContinualTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """A plain transformers directory, with the methods' state beside it and nothing that has to be unpickled."""
+        directory = Path(output_dir or self.args.output_dir)
+        card = directory / "README.md"
+        had_card = card.is_file()
         super()._save(output_dir, state_dict)
         if not self.args.should_save:
             return
-        directory = Path(output_dir or self.args.output_dir)
         (directory / "training_args.bin").unlink(missing_ok=True)
+        if self.has_adapter and not had_card:
+            card.unlink()  # PEFT's draft
         for method in self.methods:
             method.save(directory)
         write_json(directory / STATE_NAME, self.continual_state())

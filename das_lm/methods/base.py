@@ -37,6 +37,8 @@ class Method:
     needs_domain_ends = False
     #: Learns every domain together with all before it.
     needs_earlier_domains = False
+    #: Whether it can train a LoRA adapter. What remembers single parameters cannot: the next domain has others.
+    works_with_adapters = True
 
     def attach(self, trainer: ContinualTrainer) -> None:
         """The trainer is made. Raises `UserError` for arguments or a model that the method cannot work with."""

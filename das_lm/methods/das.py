@@ -18,7 +18,7 @@ from das_lm.objective import IGNORED, Output, has_active_dropout, run_language_m
 from das_lm.units.contrast import contrastive_loss, mean_pool
 from das_lm.units.gates import gated
 from das_lm.units.importance import FILE_NAME, Importance, measure_importance
-from das_lm.units.soft_mask import SoftMask, check_optimizer
+from das_lm.units.soft_mask import SoftMask, check_adapter, check_optimizer
 
 if TYPE_CHECKING:
     from das_lm.trainer import ContinualTrainer
@@ -49,6 +49,8 @@ class DAS(Method):
             raise UserError("method: 'das' acts on the heads and neurons of a language model; for another use 'spg'")
         self.units = trainer.units
         check_optimizer(self.args.optim.value, self.args.soft_mask_target)
+        if self.args.soft_mask_strength > 0:
+            check_adapter(self.units, self.args.soft_mask_units)
         self.drops_units = not has_active_dropout(self.units.model)
         where = self.args.importance
         if where == "auto":

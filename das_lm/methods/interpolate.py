@@ -9,6 +9,7 @@ import torch
 from das_lm.errors import UserError
 from das_lm.methods.base import Method
 from das_lm.methods.penalty import taken
+from das_lm.units.soft_mask import check_fresh
 
 GRID = [step / 10 for step in range(11)]  # of `interpolation_alpha="auto"`
 
@@ -17,6 +18,8 @@ class Interpolate(Method):
     """
     θ ← α θ_new + (1 − α) θ_old once a domain has been learned; α = 1 is `naive`, α = 0 the model before. `"auto"`
     takes the α in {0, 0.1, …, 1} with the lowest mean loss over the development halves of the held-out domains.
+
+    A LoRA adapter begins at B = 0, so that α B A, with A as it was learned, is that of the merged weights.
 
     Memory: one copy of the trainable parameters.
     """
@@ -29,6 +32,7 @@ class Interpolate(Method):
 
     def attach(self, trainer) -> None:
         super().attach(trainer)
+        check_fresh(self.parameters(), "only then is α B A the interpolation of the weights")
         if self.args.interpolation_alpha == "auto" and not trainer.development_dataset:
             raise UserError(
                 "interpolation_alpha: 'auto' needs held-out data to choose by: give the trainer a development_dataset"
@@ -54,7 +58,8 @@ class Interpolate(Method):
 
     def _set(self, new: dict[str, torch.Tensor], alpha: float) -> None:
         for name, parameter in self.parameters().items():
-            parameter.copy_(torch.lerp(self.old[name], new[name], alpha))
+            share = 1.0 if ".lora_A." in name else alpha
+            parameter.copy_(torch.lerp(self.old[name], new[name], share))
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return {f"old.{name}": tensor for name, tensor in self.old.items()}

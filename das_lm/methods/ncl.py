@@ -40,6 +40,7 @@ class NCL(Method):
     """
 
     needs_domain_ends = True
+    works_with_adapters = False
 
     def __init__(self):
         self.mean: Tensors = {}

@@ -24,6 +24,7 @@ class Penalty(Method):
     """
 
     needs_domain_ends = True
+    works_with_adapters = False
 
     def __init__(self):
         self.importance: Tensors = {}

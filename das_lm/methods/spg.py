@@ -32,6 +32,7 @@ class SPG(Method):
     """
 
     needs_domain_ends = True
+    works_with_adapters = False
 
     def __init__(self):
         self.importance: Tensors = {}

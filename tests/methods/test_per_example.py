@@ -291,6 +291,8 @@ def test_operation_that_cannot_be_vectorised():
 # ---- language models -----------------------------------------------------------------------------------------------
 
 POSITIONS = [r"encoder\.rel_embeddings\.weight"]
+FLATTENED = (r"embed_positions\.weight", r"fc[12]\.")
+EXPERTS = (r"mlp\.experts\.", r"mlp\.gate\.weight")  # a token goes to some experts only
 #: What takes the slow way, as patterns: relative positions have no axis of examples, whatever shares a parameter with
 #: them has none either, and the new head of DeBERTa uses the embeddings and a bias of its own outside of modules.
 SLOW = {
@@ -302,6 +304,13 @@ SLOW = {
         r"word_embeddings\.weight",
         r"lm_head\.bias",
     ],
+    "opt": [*FLATTENED, r"final_layer_norm\."],  # its FFN sees [rows × tokens, features]; its positions are offset
+    "opt, norms after, narrow embeddings": [*FLATTENED],
+    "gemma2": [r"embed_tokens\.weight"],  # scaled after the lookup
+    "mixtral": [*EXPERTS],
+    "qwen3_moe": [*EXPERTS],
+    "qwen3_moe, one layer without experts": [*EXPERTS],
+    "gemma3_text": [r"embed_tokens\.weight"],
 }
 
 

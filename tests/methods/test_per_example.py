@@ -304,7 +304,10 @@ SLOW = {
         r"word_embeddings\.weight",
         r"lm_head\.bias",
     ],
-    "opt": [*FLATTENED, r"final_layer_norm\."],  # its FFN sees [rows × tokens, features]; its positions are offset
+    "opt": [
+        *FLATTENED,
+        r"layers\.\d+\.final_layer_norm\.",
+    ],  # its FFN sees [rows × tokens, features]; its positions are offset
     "opt, norms after, narrow embeddings": [*FLATTENED],
     "gemma2": [r"embed_tokens\.weight"],  # scaled after the lookup
     "mixtral": [*EXPERTS],

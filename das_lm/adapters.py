@@ -172,7 +172,7 @@ def load_adapter(model: PreTrainedModel, path: str, merge: bool) -> PreTrainedMo
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"the adapter in {path} does not fit its model, or is broken: {reason}") from error
     check_adapter_kind(adapted)
-    different = saved.keys() ^ get_peft_model_state_dict(adapted).keys()
+    different = saved.keys() ^ get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
     if different:
         raise UserError(f"the adapter in {path} is of another model: they differ in {min(different)}")
     return adapted.merge_and_unload().requires_grad_(True) if merge else adapted

@@ -12,6 +12,7 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 
 from das_lm import __version__
 from das_lm.config import DASConfig
+from das_lm.data.embedded import MODELS
 from das_lm.errors import UserError
 from das_lm.evaluation.forgetting import FIGURES, Results
 from das_lm.files import write_text
@@ -52,7 +53,7 @@ def model_card(results: Results, directory: Path, repository: str | None = None)
     learned = [domain["name"] for domain in recipe["domains"] if results.domains[domain["name"]] <= number]
     base = recipe["model_name_or_path"]
     start = _plain(base if _is_on_hub(base) else os.path.basename(os.path.normpath(base)))
-    start = "das-lm's built-in model" if base == "built-in" else start
+    start = "das-lm's built-in model" if base in MODELS else start
     order = "one after the other" if recipe["schedule"] == "sequential" else recipe["schedule"]
     sources = [domain["data"] for domain in recipe["domains"] if domain["name"] in learned]
     task, kind, loader = (
@@ -243,7 +244,7 @@ def _is_hub_data(data: Any) -> bool:
 
 
 def _is_on_hub(model: str) -> bool:
-    return model != "built-in" and not os.path.isdir(model) and bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model))
+    return model not in MODELS and not os.path.isdir(model) and bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model))
 
 
 def _bold(names: list[str]) -> str:

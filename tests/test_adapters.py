@@ -132,6 +132,30 @@ def test_gates_and_importance_are_those_of_the_merged_network(kind):
 
 
 @pytest.mark.parametrize("kind", BUILDERS)
+def test_units_are_where_they_are_without_an_adapter(kind):
+    """The same slices of the same weights; and of every projection but the one that reads the heads, the rows of B."""
+    adapted = randomly_adapted(kind)
+    units, plain = Units(adapted), Units(merged(adapted))
+    own = {(piece.parameter, piece.group): piece for piece in plain.slices}
+    ours = {(piece.parameter.replace(".base_layer.", "."), piece.group): piece for piece in units.slices}
+    assert units.model is adapted.get_base_model() and units.sizes == plain.sizes
+    assert own.keys() == {key for key in ours if ".lora_" not in key[0]}
+    reading = {f"{name}.weight" for name, module in plain.model.named_modules() if module in _readers(plain)}
+    for (name, group), piece in own.items():
+        same, up = ours[name, group], ours.get((name.replace(".weight", ".lora_B.default.weight"), group))
+        assert same.axis == piece.axis and torch.equal(same.owners, piece.owners)
+        if name in reading and group.endswith("head"):
+            assert up is None
+        elif name.endswith(".weight"):
+            assert up.axis == 0 and torch.equal(up.owners, piece.owners)
+
+
+def _readers(units: Units) -> set[torch.nn.Module]:
+    """The projections that read the heads."""
+    return {group.module for group in units.groups.values() if group.kind == "head"}
+
+
+@pytest.mark.parametrize("kind", BUILDERS)
 @pytest.mark.parametrize(("target", "optim"), [("update", "adamw_torch"), ("gradient", "sgd")])
 def test_importance_1_keeps_exactly_the_rows_of_a_unit_and_0_none(kind, target, optim, tmp_path, monkeypatch):
     """Bit for bit, of the merged weights; a shared key/value head is held if one of its readers is."""
@@ -153,8 +177,7 @@ def test_importance_1_keeps_exactly_the_rows_of_a_unit_and_0_none(kind, target, 
     assert_equal(weights_of(trainer.model), weights_of(start))  # the frozen model, before it is merged
     before, after = weights_of(start), weights_of(trainer.model.merge_and_unload())
     units = Units(start)
-    readers = {group.module for group in units.groups.values() if group.kind == "head"}
-    columns = {f"{name}.weight" for name, module in start.named_modules() if module in readers}
+    columns = {f"{name}.weight" for name, module in start.named_modules() if module in _readers(units)}
     adapted = {piece.parameter: piece for piece in units.slices if piece.parameter not in columns}
     for name, piece in adapted.items():
         ours, theirs = before[name], after[name]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +17,6 @@ from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from das_lm import __version__
 from das_lm.adapters import base_of
 from das_lm.cpu import use_all_cores
 from das_lm.data.blocks import HeldOutWindows, SingleMasks
@@ -36,6 +34,7 @@ from das_lm.pretrain import (
     is_causal,
     load_model,
     load_tokenizer,
+    machine_facts,
     measuring_trainer,
     model_path,
     stages_of,
@@ -46,7 +45,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-QUIET = {"report_to": "none", "push_to_hub": False, "disable_tqdm": True, "eval_strategy": "no", "save_strategy": "no"}
+QUIET = {"report_to": "none", "disable_tqdm": True}
 #: Training arguments that change no result.
 SPEED = ("per_device_eval_batch_size", "use_cpu", "dataloader_num_workers")
 
@@ -160,13 +159,7 @@ def evaluate_checkpoints(
     results.run = {
         "checkpoints": dict(checkpoints),
         "training": dict(training or {}),
-        "versions": {
-            "das_lm": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        **machine_facts(),
     }
     text = {domain.name: domain.load(measure_only=True).held_out for domain in entries}
     paths = [model_path(recipe) if path == "built-in" else path for path in checkpoints.values()]
@@ -201,29 +194,25 @@ def _evaluate(
     with TemporaryDirectory() as scratch, bar as remembered.bar:
         remembered.row = remembered.bar.add_task("", total=len(paths) * per_stage)
         for stage, path, tokenizer in zip(results.stages, paths, tokenizers, strict=True):
-            model = _Model(path, recipe, tokenizer, scratch)
+            model = _Model(stage, path, recipe, tokenizer, scratch, remembered)
             stage.setdefault("checkpoint", path)
             if tokenizer.backend_tokenizer.to_str() != words:  # the first, or one with other words
                 words = tokenizer.backend_tokenizer.to_str()
                 windows = held_out_windows(recipe, dict(text), tokenizer, model.trainer.args)[0]
-            measured = {name: model.held_out(remembered, stage, name, one) for name, one in windows.items()}
+            measured = {name: model.held_out(name, one) for name, one in windows.items()}
             held_out.append(measured)
             stage["scores"] = {name: one.measures(model.trainer.objective.causal) for name, one in measured.items()}
             if probes.pseudo_perplexity:
                 stage["pseudo"] = {
-                    name: model.pseudo_perplexity(remembered, stage, name, one, probes.pseudo_perplexity)
-                    for name, one in windows.items()
+                    name: model.pseudo_perplexity(name, one, probes.pseudo_perplexity) for name, one in windows.items()
                 }
-            asked = {name: model.cloze(remembered, stage, name, one) for name, one in questions.items()}
-            stage.setdefault("cloze", {}).update({name: facts for name, (_, facts) in asked.items()})
+            asked = {name: model.cloze(name, one) for name, one in questions.items()}
             rights.append({name: tensors["right"].numpy() for name, (tensors, _) in asked.items()})
-            tuned = {
-                name: model.end_task(remembered, stage, name, task, probes.end_task) for name, task in tasks.items()
-            }
-            stage.setdefault("end_tasks", {}).update(tuned)
-            for key in ("cloze", "end_tasks"):
-                if not stage[key]:
-                    del stage[key]
+            if asked:
+                stage.setdefault("cloze", {}).update({name: facts for name, (_, facts) in asked.items()})
+            if tasks:
+                tuned = {name: model.end_task(name, task, probes.end_task) for name, task in tasks.items()}
+                stage.setdefault("end_tasks", {}).update(tuned)
     _add_intervals(results, held_out, rights)
     if state.is_main_process:
         results.save(output)
@@ -233,53 +222,52 @@ def _evaluate(
 
 
 class _Model:
-    """A checkpoint and what can be measured of it."""
+    """A checkpoint and what can be measured of it, which is remembered."""
 
-    def __init__(self, path: str, recipe: Recipe, tokenizer: Any, scratch: str):
-        self.path, self.tokenizer, self.scratch = path, tokenizer, scratch
+    def __init__(
+        self, stage: dict[str, Any], path: str, recipe: Recipe, tokenizer: Any, scratch: str, remembered: _Remembered
+    ):
+        self.stage, self.path, self.tokenizer, self.scratch = stage, path, tokenizer, scratch
+        self.remembered = remembered
         self.trainer = measuring_trainer(load_model(path, recipe), recipe, tokenizer, scratch)
-        self.name = fingerprint(
-            model_fingerprint(self.trainer.model), tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map
-        )
+        self.weights = model_fingerprint(self.trainer.model)
+        self.name = fingerprint(self.weights, tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map)
 
-    def held_out(self, remembered: _Remembered, stage: dict[str, Any], name: str, windows: HeldOutWindows) -> HeldOut:
+    def held_out(self, name: str, windows: HeldOutWindows) -> HeldOut:
         """Loss and accuracy of every held-out document."""
-        key = fingerprint("held out", model_fingerprint(self.trainer.model), windows.fingerprint)
-        stage.setdefault("measured", {})[name] = key
-        tensors, _ = remembered(stage, f"held-out text of {name}", key, lambda: self._measured(name, windows))
+        key = fingerprint("held out", self.weights, windows.fingerprint)  # as the walk names it
+        self.stage.setdefault("measured", {})[name] = key
+        tensors, _ = self._get(f"held-out text of {name}", key, lambda: self._measured(name, windows))
         return HeldOut.from_tensors(tensors)
 
-    def pseudo_perplexity(
-        self, remembered: _Remembered, stage: dict[str, Any], name: str, windows: HeldOutWindows, documents: int
-    ) -> dict[str, Any]:
+    def pseudo_perplexity(self, name: str, windows: HeldOutWindows, documents: int) -> dict[str, Any]:
         """The same with one mask at a time, of some documents."""
         key = fingerprint("pseudo-perplexity", self.name, windows.fingerprint, documents)
-        rows = SingleMasks(windows, documents)
-        tensors, _ = remembered(stage, f"pseudo-perplexity of {name}", key, lambda: self._measured(name, rows))
+        tensors, _ = self._get(
+            f"pseudo-perplexity of {name}", key, lambda: self._measured(name, SingleMasks(windows, documents))
+        )
         return HeldOut.from_tensors(tensors).measures()
 
     def _measured(self, name: str, rows: Any) -> Measurement:
         return self.trainer.measure({name: rows})[name].tensors(), {}
 
-    def cloze(self, remembered: _Remembered, stage: dict[str, Any], name: str, questions: Questions) -> Measurement:
+    def cloze(self, name: str, questions: Questions) -> Measurement:
         """Which questions it answers."""
 
         def measure() -> Measurement:
             found = cloze_accuracy(self.trainer.model, self.tokenizer, questions)
             return {"right": torch.from_numpy(found.right)}, found.measures()
 
-        return remembered(stage, f"questions {name}", fingerprint("cloze", self.name, questions), measure)
+        return self._get(f"questions {name}", fingerprint("cloze", self.name, questions), measure)
 
-    def end_task(
-        self, remembered: _Remembered, stage: dict[str, Any], name: str, task: Task, config: EndTaskConfig
-    ) -> dict[str, Any]:
+    def end_task(self, name: str, task: Task, config: EndTaskConfig) -> dict[str, Any]:
         """How well it can be fine-tuned."""
 
         def measure() -> Measurement:
             found = fine_tune(self._whole_path(), task, config)
             return {"predictions": torch.from_numpy(found.predictions)}, found.measures()
 
-        return remembered(stage, f"end-task {name}", fingerprint("end-task", self.name, task, config), measure)[1]
+        return self._get(f"end-task {name}", fingerprint("end-task", self.name, task, config), measure)[1]
 
     def _whole_path(self) -> str:
         """A directory with all of its weights: its own, or, of an adapter, one with the sum."""
@@ -292,6 +280,9 @@ class _Model:
         self.tokenizer.save_pretrained(whole)
         return whole
 
+    def _get(self, what: str, key: str, measure: Callable[[], Measurement]) -> Measurement:
+        return self.remembered(f"{self.stage['name']}: {what}", key, measure)
+
 
 class _Remembered:
     """Makes a measurement unless it was made before; several processes make it together, and the main one keeps it."""
@@ -302,8 +293,8 @@ class _Remembered:
     def __init__(self, cache: Cache, state: PartialState):
         self.cache, self.state = cache, state
 
-    def __call__(self, stage: dict[str, Any], what: str, key: str, measure: Callable[[], Measurement]) -> Measurement:
-        self.bar.update(self.row, description=f"{stage['name']}: {what}")
+    def __call__(self, what: str, key: str, measure: Callable[[], Measurement]) -> Measurement:
+        self.bar.update(self.row, description=what)
         (found,) = broadcast_object_list([self.cache.get(key) if self.state.is_main_process else None])
         if found is None:
             found = measure()

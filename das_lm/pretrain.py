@@ -628,15 +628,21 @@ def _one_line(error: Exception) -> str:
 
 
 def _facts(recipe: Recipe, text: dict[str, Documents], args: Any) -> dict[str, Any]:
-    modules = (torch, transformers, datasets, accelerate, *([peft] if recipe.peft else []))
-    versions = {module.__name__: module.__version__ for module in modules}
     return {
         "recipe": yaml.safe_load(recipe.to_yaml()),
-        "versions": {"das_lm": __version__, **versions, "python": platform.python_version()},
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        **machine_facts(),
         "processes": args.world_size,
         "documents": {name: len(d.train) if d.train is not None else 0 for name, d in text.items()},
         "warnings": {name: d.warnings for name, d in text.items() if d.warnings},
+    }
+
+
+def machine_facts() -> dict[str, Any]:
+    """Versions and device."""
+    versions = {module.__name__: module.__version__ for module in (torch, transformers, datasets, accelerate, peft)}
+    return {
+        "versions": {"das_lm": __version__, **versions, "python": platform.python_version()},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
 
 

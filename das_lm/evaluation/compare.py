@@ -86,6 +86,8 @@ class Run:
         elif "method" in run:  # a small model
             seed, data_seed, methods = run["seed"], None, [run["method"]]
             settings = {**run["options"], "schedule": run["schedule"], "epochs": run["epochs"]}
+        elif "checkpoints" in run:  # measured by das-lm evaluate: how they were trained is not known
+            seed, data_seed, methods, settings = 42, None, [directory.absolute().name], dict(run["training"])
         else:
             raise UserError(
                 f"{directory / FILE_NAME} names no method and no recipe: there is nothing to compare it by"

@@ -85,10 +85,10 @@ def multipliers(
         products += (block @ block.T).cpu()
     if not products.isfinite().all():  # infinite in fp16: the step is skipped
         return [0.0] * count
+    if (products[:count, count] >= 0).all():
+        return [0.0] * count
     values, vectors = torch.linalg.eigh(products)
     root = (values.clamp(min=0).sqrt()[:, None] * vectors.T).numpy()
     matrix, vector = root[:, :count], root[:, count]
-    if (products[:count, count] >= 0).all():
-        return [0.0] * count
     solution, _ = nnls(matrix, -(vector + margin * matrix.sum(axis=1)), maxiter=100 * count)
     return (solution + margin).tolist()

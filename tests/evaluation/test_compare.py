@@ -346,3 +346,26 @@ def test_bad_input_is_one_message(tmp_path, capsys, monkeypatch, arguments, mess
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert Path("file").read_text() == "mine"
+
+
+def test_checkpoints_that_evaluate_measured_are_compared_by_their_directory(tmp_path):
+    """How they were trained is not known; nothing but the directory names them."""
+    for name, drift in (("mine", 0.2), ("theirs", 0.4)):
+        scores = [{"old": 1.0, "bio": 4.0}, {"old": 1.0 + drift, "bio": 3.0}]
+        results = Results({"old": None, "bio": 1})
+        results.stages = [
+            {
+                "name": stage,
+                "scores": {k: {"loss": v, "accuracy": 0.5, "tokens": 9, "documents": 3} for k, v in row.items()},
+            }
+            for stage, row in zip(("base", "bio"), scores, strict=True)
+        ]
+        results.run = {"checkpoints": {"base": "a", "bio": name}, "training": {}}
+        (tmp_path / name).mkdir()
+        results.save(tmp_path / name)
+    comparison = compare([tmp_path / "mine", tmp_path / "theirs"], reference="mine")
+    points = {point["run"]: point for curve in comparison.frontier for point in curve["points"]}
+    assert {name: points[name]["drift"] for name in points} == {
+        "mine": pytest.approx(0.2),
+        "theirs": pytest.approx(0.4),
+    }

@@ -31,6 +31,10 @@ class DASConfig(TrainingArguments):
             Of a causal model: in a packed block no token attends to another document, and positions begin anew.
         mlm_probability (`float`, *optional*, defaults to `0.15`):
             Share of tokens that masked language modeling predicts (80 % become the mask token, 10 % a random token).
+        chunked_cross_entropy (`bool`, *optional*, defaults to `False`):
+            Compute the logits of a training step and their loss a chunk at a time, forward and backward (torch's
+            `linear_cross_entropy`, from 2.13 on): predictions × vocabulary is never in memory. For causal models with
+            a large vocabulary; costs computing the logits twice.
 
         > Importance (DAS, arXiv 2302.03241, section 3.1)
 
@@ -134,6 +138,9 @@ class DASConfig(TrainingArguments):
         default=True, metadata={"help": "Causal models: no token attends to another document of its packed block."}
     )
     mlm_probability: float = field(default=0.15, metadata={"help": "Share of tokens that are predicted."})
+    chunked_cross_entropy: bool = field(
+        default=False, metadata={"help": "Compute logits and their loss in chunks: less memory, for large vocabularies."}
+    )
 
     importance: str = field(default="auto", metadata={"help": "'auto', 'proxy', or a path to an importance file."})
     importance_samples: int = field(default=1000, metadata={"help": "Blocks that each importance pass reads."})
@@ -270,6 +277,8 @@ class DASConfig(TrainingArguments):
             if not value >= low or (high is not None and value > high):
                 bounds = f"between {low} and {high}" if high is not None else f"at least {low}"
                 raise ValueError(f"{name}: {value} must be {bounds}")
+        if self.chunked_cross_entropy and self.label_smoothing_factor:
+            raise ValueError("chunked_cross_entropy: computes no label smoothing; leave one of the two off")
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns: must be false; labels and example ids are no model arguments")
         for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):  # old and new name

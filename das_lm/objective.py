@@ -25,18 +25,23 @@ class Output:
     What one forward pass gives. A *prediction* is a predicted token of a language model, or a row of another model.
 
     Args:
-        logits: of the predictions alone, row by row, shape [predictions, classes] (regression: the values).
+        logits: of the predictions alone, row by row, shape [predictions, classes] (regression: the values); `None`
+            where the loss is computed in chunks of them.
         targets: their labels: classes, shape [predictions], or values, shape [predictions, …].
         rows: the row of the batch that each comes from, shape [predictions].
         hidden: a language model's last hidden state, shape [rows, tokens, features].
         loss: what the module itself returned, a mean over the batch; `None` for a language model.
+        head: the linear LM head, where there are no logits.
+        features: what it reads, shape [predictions, features].
     """
 
-    logits: torch.Tensor
+    logits: torch.Tensor | None
     targets: torch.Tensor
     rows: torch.Tensor
     hidden: torch.Tensor | None = None
     loss: torch.Tensor | None = None
+    head: nn.Linear | None = None
+    features: torch.Tensor | None = None
 
     @property
     def classifies(self) -> bool:
@@ -49,6 +54,16 @@ class Output:
 
         Read as −log p(y|x) of a Gaussian, the squared error has the variance ½.
         """
+        if self.head is not None:
+            dtype = self.features.dtype  # that of autocast, which the head's own forward would cast its weights to
+            return F.linear_cross_entropy(
+                self.features,
+                self.head.weight.to(dtype),
+                self.targets,
+                linear_bias=None if self.head.bias is None else self.head.bias.to(dtype),
+                reduction="none",
+                options=nn.LinearCrossEntropyOptions(),
+            ).float()
         if self.classifies:
             return F.cross_entropy(
                 self.logits.float(), self.targets, reduction="none", label_smoothing=label_smoothing
@@ -83,10 +98,11 @@ class LanguageModeling:
         self.units, self.causal, self.separator = units, causal, separator
         self.name = "clm" if causal else "mlm"
 
-    def __call__(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Output:
-        """Run `model` (or what wraps it) on `input_ids`, `attention_mask` and `labels`, each [rows, tokens]."""
+    def __call__(self, model: nn.Module, batch: Mapping[str, torch.Tensor], in_chunks: bool = False) -> Output:
+        """Run `model` (or what wraps it) on `input_ids`, `attention_mask` and `labels`, each [rows, tokens]; `in_chunks`
+        as in `run_language_model`."""
         inputs = self.inputs(batch["input_ids"], batch["attention_mask"])
-        return run_language_model(model, self.units, inputs, batch["labels"])
+        return run_language_model(model, self.units, inputs, batch["labels"], in_chunks)
 
     def inputs(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
         """What the model is called with; both have the shape [rows, tokens]. Padding on the right needs no mask in a
@@ -128,9 +144,10 @@ class ModuleLoss:
         takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
         self.arguments = None if takes_all else set(parameters)
 
-    def __call__(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Output:
+    def __call__(self, model: nn.Module, batch: Mapping[str, torch.Tensor], in_chunks: bool = False) -> Output:
         """
-        Run `model` on the columns that it takes; `labels` has shape [rows] or [rows, …].
+        Run `model` on the columns that it takes; `labels` has shape [rows] or [rows, …]. What it computes in
+        chunks is its own affair.
 
         Raises:
             UserError: it returns no loss.
@@ -161,7 +178,9 @@ class ModuleLoss:
         """No module sees anything but rows."""
 
 
-def run_language_model(model: nn.Module, units: Units, inputs: Mapping[str, Any], labels: torch.Tensor) -> Output:
+def run_language_model(
+    model: nn.Module, units: Units, inputs: Mapping[str, Any], labels: torch.Tensor, in_chunks: bool = False
+) -> Output:
     """
     Run a language model with an LM head on the positions that have a label only.
 
@@ -170,20 +189,42 @@ def run_language_model(model: nn.Module, units: Units, inputs: Mapping[str, Any]
         units: the units of the model inside, which know its LM head.
         inputs: arguments of the model's forward, without labels; `input_ids` has shape [rows, tokens].
         labels: shape [rows, tokens], `IGNORED` where nothing is predicted.
+        in_chunks: give no logits, but what the loss needs to compute them a chunk at a time, forward and backward, so
+            that [predictions, vocabulary] is never in memory; see `check_head_in_chunks`.
     """
     predicted = labels != IGNORED
-    hidden: list[torch.Tensor] = []
+    seen: list[torch.Tensor] = []
 
     def select(module: nn.Module, args: tuple) -> tuple:
-        hidden.append(args[0])
-        return (args[0][predicted], *args[1:])
+        features = args[0][predicted]
+        seen.extend((args[0], features))
+        return (features[:0] if in_chunks else features, *args[1:])
 
     handle = units.lm_head.register_forward_pre_hook(select)
     try:
         logits = model(**inputs)["logits"]
     finally:
         handle.remove()
-    return Output(logits, labels[predicted], predicted.nonzero()[:, 0], hidden[0])
+    (hidden, features), targets, rows = seen, labels[predicted], predicted.nonzero()[:, 0]
+    if in_chunks:
+        return Output(None, targets, rows, hidden, head=units.lm_head, features=features)
+    return Output(logits, targets, rows, hidden)
+
+
+def check_head_in_chunks(units: Units) -> None:
+    """
+    Raises:
+        UserError: the model's logits are not what one linear layer makes of its last hidden state, or torch cannot
+            compute their loss in chunks.
+    """
+    if not hasattr(nn, "LinearCrossEntropyOptions"):
+        raise UserError(f"chunked_cross_entropy: torch {torch.__version__} has none, torch 2.13 does; leave it off")
+    changes = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+    if type(units.lm_head) is not nn.Linear or any(getattr(units.model.config, name, None) for name in changes):
+        raise UserError(
+            f"chunked_cross_entropy: the logits of {type(units.model).__name__} are more than one linear layer of its "
+            "last hidden state; leave it off"
+        )
 
 
 #: What modules call the rates of a dropout that is a function, not a module.

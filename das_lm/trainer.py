@@ -35,7 +35,7 @@ from das_lm.errors import UserError, did_you_mean
 from das_lm.evaluation.held_out import HeldOut, held_out_losses
 from das_lm.files import broken_file, newest_checkpoint, seal, write_json
 from das_lm.methods import METHODS, Method
-from das_lm.objective import LanguageModeling, ModuleLoss, Output
+from das_lm.objective import LanguageModeling, ModuleLoss, Output, check_head_in_chunks
 from das_lm.units import Architecture, Units
 
 STATE_NAME = "continual_state.json"
@@ -94,12 +94,16 @@ class ContinualTrainer(Trainer):
         if processing_class is None:
             if args.non_unit_lr_scale != 1:
                 raise UserError("non_unit_lr_scale: only a language model has units; leave it at 1 for another module")
+            if args.chunked_cross_entropy:
+                raise UserError("chunked_cross_entropy: only a language model has an LM head; leave it off")
             self.units, self.objective = None, ModuleLoss(model)
             kwargs.setdefault("data_collator", collate)
             if train_dataset is not None and not isinstance(train_dataset, TrainingRows):
                 train_dataset = TrainingRows({domain: train_dataset}, data_seed(args))
         else:
             self.units = Units(model, architecture)
+            if args.chunked_cross_entropy:
+                check_head_in_chunks(self.units)
             inner = self.units.model
             self.objective = LanguageModeling(
                 self.units,
@@ -209,7 +213,7 @@ class ContinualTrainer(Trainer):
         if model.training:
             for method in self.methods:
                 batch = method.add_rows(batch, self._until_backward)
-        outputs = self.objective(model, batch)
+        outputs = self.objective(model, batch, self.args.chunked_cross_entropy)
         if outputs.loss is not None:
             loss = outputs.loss / self.current_gradient_accumulation_steps
         else:
@@ -240,7 +244,7 @@ class ContinualTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         with self.private_randomness("gradient", self.state.global_step), self.accelerator.autocast():
-            outputs = self.objective(model, batch)
+            outputs = self.objective(model, batch, self.args.chunked_cross_entropy)
             loss = outputs.losses().mean() if outputs.loss is None else outputs.loss
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         gradients = [

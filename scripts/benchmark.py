@@ -4,9 +4,10 @@ same run: the configurations take turns, round after round, on one model, and th
 that of two steps in a process of its own.
 
     python scripts/benchmark.py --rounds 5
+    python scripts/benchmark.py --rounds 5 --causal --vocabulary 151936
     python scripts/benchmark.py --rounds 9 --per_example
 
-The second measures the per-example squares of gradients (the Fisher of EWC) against a plain forward and backward pass
+The last measures the per-example squares of gradients (the Fisher of EWC) against a plain forward and backward pass
 of the same batch and against a loop over its examples.
 """
 
@@ -30,6 +31,8 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models
 from transformers import (
     AutoModelForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaForMaskedLM,
@@ -41,10 +44,10 @@ from transformers import TrainingArguments as PlainArguments
 from das_lm import DASConfig, DASTrainer
 from das_lm.classic import MLP
 from das_lm.cpu import keep_freed_memory
-from das_lm.data.blocks import MLMMasking, PaddingCollator, TrainingBlocks
+from das_lm.data.blocks import MLMMasking, NextTokens, PaddingCollator, TrainingBlocks
 from das_lm.data.embedded import BASE_MODEL
 from das_lm.methods.per_example import PerExample
-from das_lm.objective import IGNORED, MaskedLanguageModeling
+from das_lm.objective import IGNORED, LanguageModeling
 from das_lm.units import Units
 from das_lm.units.importance import Importance
 
@@ -52,6 +55,10 @@ CONFIGURATIONS = {
     "soft masks only": {"contrast_weight": 0.0},
     "DAS": {},
     "DAS, no gradient through the prior view": {"contrast_prior_gradient": False},
+}
+CAUSAL_CONFIGURATIONS = {
+    "soft masks only, loss in chunks": {"contrast_weight": 0.0, "chunked_cross_entropy": True},
+    "DAS, loss in chunks": {"chunked_cross_entropy": True},
 }
 
 
@@ -107,6 +114,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--length", type=int, default=164, help="tokens per block")
     parser.add_argument("--layers", type=int, default=12, help="of a model otherwise shaped like roberta-base")
+    parser.add_argument("--causal", action="store_true", help="a model shaped like gpt2 instead")
+    parser.add_argument("--vocabulary", type=int, default=50265, help="tokens that the model knows")
     parser.add_argument("--bf16", action="store_true", help="autocast to bf16")
     parser.add_argument("--json", help="write the measurements to this file")
     parser.add_argument("--per_example", action="store_true", help="measure per-example gradients, nothing else")
@@ -135,17 +144,20 @@ def main() -> None:
     torch.manual_seed(0)
     if options.per_example:
         return per_example(options.rounds)
-    config = RobertaConfig(
-        vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, num_hidden_layers=options.layers
-    )
-    model = RobertaForMaskedLM(config)
-    tokenizer = _tokenizer(config.vocab_size)
+    tokenizer, shape = _tokenizer(options.vocabulary), {"vocab_size": options.vocabulary}
+    configurations = dict(CONFIGURATIONS)
+    if options.causal:
+        model = GPT2LMHeadModel(GPT2Config(**shape, n_layer=options.layers))
+        labeling = NextTokens()  # plain training shifts once more: the same work on other labels
+        configurations |= CAUSAL_CONFIGURATIONS
+    else:
+        shape |= {"max_position_embeddings": 514, "type_vocab_size": 1, "num_hidden_layers": options.layers}
+        model = RobertaForMaskedLM(RobertaConfig(**shape))
+        labeling = MLMMasking(tokenizer, 0.15)
     rows = np.random.default_rng(0).integers(
-        5, config.vocab_size, (options.batch_size * max(options.steps, 4), options.length)
+        5, options.vocabulary, (options.batch_size * max(options.steps, 4), options.length)
     )
-    blocks = TrainingBlocks(
-        {"bench": Dataset.from_dict({"input_ids": rows.tolist()})}, MLMMasking(tokenizer, 0.15), seed=0
-    )
+    blocks = TrainingBlocks({"bench": Dataset.from_dict({"input_ids": rows.tolist()})}, labeling, seed=0)
 
     with tempfile.TemporaryDirectory() as directory:
         common = {
@@ -172,7 +184,7 @@ def main() -> None:
             trainer.add_callback(Untouched(trainer))
             return trainer
 
-        makers = {"plain Trainer": plain, **{name: (lambda c=c: das(**c)) for name, c in CONFIGURATIONS.items()}}
+        makers = {"plain Trainer": plain, **{name: (lambda c=c: das(**c)) for name, c in configurations.items()}}
         if options.peak_of:
             trainer = makers[options.peak_of]()
             with PeakMemory() as memory:
@@ -216,7 +228,7 @@ def per_example(rounds: int) -> None:
         return F.cross_entropy(mlp(images[rows])["logits"], labels[rows], reduction="none")
 
     lm = AutoModelForMaskedLM.from_pretrained(BASE_MODEL).float().eval()
-    objective = MaskedLanguageModeling(Units(lm))
+    objective = LanguageModeling(Units(lm), causal=False)
     tokens = torch.randint(5, lm.config.vocab_size, (16, 128))
     predicted = torch.rand(16, 128) < 0.15
     batch = {
@@ -288,7 +300,7 @@ class Untouched(TrainerCallback):
 def _report(options: argparse.Namespace, steps: dict, passes: dict, peaks: dict) -> None:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     print(f"{device}, torch {torch.__version__}, batch {options.batch_size} x {options.length} tokens, "
-          f"{options.layers} layers, {options.rounds} rounds of {options.steps - 1} timed steps")  # fmt: skip
+          f"{options.layers} layers, {options.vocabulary} tokens known, {options.rounds} rounds of {options.steps - 1} timed steps")  # fmt: skip
     reference = steps["plain Trainer"]
     results = {}
     print(f"{'':<42}{'seconds':>9}{'ratio':>8}{'rounds':>16}{'peak GiB':>10}")

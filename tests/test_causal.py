@@ -8,15 +8,25 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from das_lm import ContinualTrainer, DASConfig
 from das_lm.cli import main
 from das_lm.data.blocks import NextTokens, TrainingBlocks
+from das_lm.errors import UserError
 from das_lm.evaluation.forgetting import Results
 from das_lm.methods import METHODS
 from das_lm.objective import IGNORED
-from tests.conftest import BOS, EOS, PAD, VOCABULARY, build_tokenizer, random_blocks
+from tests.conftest import BOS, EOS, PAD, VOCABULARY, build_tokenizer, random_blocks, tiny_roberta
 
 SHAPE = {"vocab_size": VOCABULARY, "bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
 
@@ -154,6 +164,48 @@ def test_options_of_the_trainer_change_no_loss(options, tolerance, tmp_path):
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert len(losses[0]) == 4 and losses[1] == pytest.approx(losses[0], rel=tolerance)
+
+
+@pytest.mark.parametrize("build", [tiny_gpt2, tiny_llama])
+@pytest.mark.parametrize("method", ["das", "agem"])
+@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}, {"bf16": True}], ids=str)
+def test_cross_entropy_in_chunks(build, method, options, tmp_path):
+    """The same losses and weights, and no tensor that holds the logits of all predictions."""
+    runs, rows_of_logits = [], []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.ndim == 2 and result.shape[1] == VOCABULARY:
+                rows_of_logits.append(len(result))
+            return result
+
+    for chunked in (False, True):
+        model = build()
+        args = arguments(tmp_path, logging_steps=1, chunked_cross_entropy=chunked, memory_size=4, **options)
+        trainer = ContinualTrainer(model, args, method, random_blocks(24), processing_class=build_tokenizer())
+        trainer.train()
+        history = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        runs.append((history, torch.cat([parameter.detach().flatten() for parameter in model.parameters()])))
+        rows_of_logits.clear()
+        batch = trainer.data_collator([trainer.train_dataset[index] for index in range(4)])
+        with Watch():
+            trainer.compute_loss(model, batch, num_items_in_batch=44).backward()
+        assert (44 in rows_of_logits) is not chunked, rows_of_logits
+    assert runs[1][0] == pytest.approx(runs[0][0], rel=2e-2 if "bf16" in options else 1e-5)
+    difference = (runs[1][1] - runs[0][1]).abs()
+    assert difference.mean() < (1e-4 if "bf16" in options else 1e-6)
+
+
+def test_cross_entropy_that_chunks_cannot_compute(tmp_path):
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "head_dim": 8}
+    capped = Gemma2ForCausalLM(Gemma2Config(**SHAPE, **shape, num_key_value_heads=2, final_logit_softcapping=30.0))
+    for model, method in ((capped, "naive"), (tiny_roberta(), "naive"), (tiny_gpt2(), "lwf")):
+        args = arguments(tmp_path, chunked_cross_entropy=True)
+        with pytest.raises(UserError, match="^chunked_cross_entropy: .*; leave it off$"):
+            ContinualTrainer(model, args, method, random_blocks(8), processing_class=build_tokenizer()).train()
+    with pytest.raises(ValueError, match="^chunked_cross_entropy: .*label smoothing"):
+        arguments(tmp_path, chunked_cross_entropy=True, label_smoothing_factor=0.1)
 
 
 METHODS_OF_LANGUAGE_MODELS = [name for name in METHODS if name not in ("naive", "das")]

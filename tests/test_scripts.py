@@ -1,6 +1,8 @@
-"""What the scripts compute themselves: the numbers of the built-in models."""
+"""What the scripts compute themselves: the numbers of the built-in models, the rows of the benchmark."""
 
 import importlib.util
+import json
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -35,3 +37,27 @@ def test_the_readme_of_a_built_in_model_states_what_its_weights_give(folder, arc
         assert least <= right <= most
         assert float(row[1].rstrip("%")) / 100 == pytest.approx(right, abs=0.011)  # two questions of 240
         assert float(row[-1]) == pytest.approx(build.held_out_loss(model, tokenizer, domain), abs=0.005)
+
+
+@pytest.mark.parametrize("kind", [[], ["--causal"]], ids=["masked", "causal"])
+def test_the_benchmark_times_every_configuration(kind, tmp_path, monkeypatch, capsys):
+    benchmark, out = load("benchmark"), tmp_path / "out.json"
+    small = "--rounds 1 --steps 2 --batch_size 2 --length 16 --layers 1 --vocabulary 40".split()
+    monkeypatch.setattr(benchmark.torch, "set_num_threads", lambda count: None)
+    monkeypatch.setattr(benchmark, "_peak_in_own_process", lambda name: 2**30)
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *small, *kind, "--json", str(out)])
+    benchmark.main()
+    results = json.loads(out.read_text())["results"]
+    assert all(one["ratio"] > 0 and min(one["seconds"]) > 0 for one in results.values())
+    named = {"plain Trainer", *benchmark.CONFIGURATIONS, *(benchmark.CAUSAL_CONFIGURATIONS if kind else ())}
+    assert named <= set(results) and len(results) == len(named) + 2  # two importance passes
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--peak_of", "plain Trainer"])
+    benchmark.main()
+    assert int(capsys.readouterr().out.split()[-1]) > 2**20
+
+
+def test_the_benchmark_of_per_example_gradients(capsys):
+    load("benchmark").per_example(rounds=1)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and all("loop / per example" in line for line in lines[1:])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from das_lm.errors import UserError
 from das_lm.methods.penalty import taken
 from das_lm.objective import Output
 
@@ -23,11 +24,19 @@ class Teacher:
         trainer: whose model is copied.
         state: weights to take instead, as [`state_dict`] gave them.
         file_name: where they are from, for a message.
+
+    Raises:
+        UserError: the student computes its distributions in chunks, and never has them.
     """
 
     def __init__(
         self, trainer: ContinualTrainer, state: Mapping[str, torch.Tensor] | None = None, file_name: str = ""
     ):
+        if trainer.args.chunked_cross_entropy:
+            raise UserError(
+                "chunked_cross_entropy: a method that teaches output distributions (lwf, self_replay with "
+                "self_replay_target: distributions) needs them whole; leave it off"
+            )
         self.trainer = trainer
         self.model = copy.deepcopy(trainer.model).eval().requires_grad_(False)
         self.objective = trainer.objective.of(self.model)

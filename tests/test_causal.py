@@ -1,12 +1,15 @@
 """Causal language models through the same trainer, walk, methods and measures."""
 
 import json
+import os
 import random
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from torch._dynamo.utils import counters
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
@@ -164,6 +167,42 @@ def test_options_of_the_trainer_change_no_loss(options, tolerance, tmp_path):
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert len(losses[0]) == 4 and losses[1] == pytest.approx(losses[0], rel=tolerance)
+
+
+@pytest.fixture
+def fresh_accelerate():
+    """Whether it compiles is decided once per process, and told through the environment."""
+    before = dict(os.environ)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.mark.parametrize("build", [tiny_llama, tiny_roberta])
+def test_compiled_models_take_new_gates_in_every_step(build, tmp_path, fresh_accelerate):
+    """The gates of the views, the LM head's positions and the masks change from step to step; compiled code must not
+    keep those of the first."""
+    args = arguments(tmp_path, logging_steps=1)
+    compiled = arguments(tmp_path, logging_steps=1, torch_compile=True, torch_compile_backend="aot_eager")
+    runs = []
+    for given in (compiled, args):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        if given is args:
+            for name in [name for name in os.environ if name.startswith("ACCELERATE_DYNAMO")]:
+                del os.environ[name]
+        model = build()
+        counters.clear()
+        trainer = ContinualTrainer(
+            model, given, "das", random_blocks(24), {"bio": random_blocks(6, seed=5)},
+            processing_class=build_tokenizer(),
+        )  # fmt: skip
+        trainer.train()
+        assert (counters["frames"]["ok"] > 0) is (given is compiled)
+        history = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        runs.append([*history, trainer.evaluate()["eval_bio_loss"]])
+    assert len(runs[0]) == 5 and runs[0] == pytest.approx(runs[1], rel=1e-5)
 
 
 @pytest.mark.parametrize("build", [tiny_gpt2, tiny_llama])

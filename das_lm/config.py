@@ -139,7 +139,8 @@ class DASConfig(TrainingArguments):
     )
     mlm_probability: float = field(default=0.15, metadata={"help": "Share of tokens that are predicted."})
     chunked_cross_entropy: bool = field(
-        default=False, metadata={"help": "Compute logits and their loss in chunks: less memory, for large vocabularies."}
+        default=False,
+        metadata={"help": "Compute logits and their loss in chunks: less memory, for large vocabularies."},
     )
 
     importance: str = field(default="auto", metadata={"help": "'auto', 'proxy', or a path to an importance file."})

@@ -99,8 +99,8 @@ class LanguageModeling:
         self.name = "clm" if causal else "mlm"
 
     def __call__(self, model: nn.Module, batch: Mapping[str, torch.Tensor], in_chunks: bool = False) -> Output:
-        """Run `model` (or what wraps it) on `input_ids`, `attention_mask` and `labels`, each [rows, tokens]; `in_chunks`
-        as in `run_language_model`."""
+        """Run `model` (or what wraps it) on `input_ids`, `attention_mask` and `labels`, each [rows, tokens].
+        `in_chunks`: see `run_language_model`."""
         inputs = self.inputs(batch["input_ids"], batch["attention_mask"])
         return run_language_model(model, self.units, inputs, batch["labels"], in_chunks)
 

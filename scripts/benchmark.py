@@ -300,7 +300,8 @@ class Untouched(TrainerCallback):
 def _report(options: argparse.Namespace, steps: dict, passes: dict, peaks: dict) -> None:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     print(f"{device}, torch {torch.__version__}, batch {options.batch_size} x {options.length} tokens, "
-          f"{options.layers} layers, {options.vocabulary} tokens known, {options.rounds} rounds of {options.steps - 1} timed steps")  # fmt: skip
+          f"{options.layers} layers, {options.vocabulary} tokens known, "
+          f"{options.rounds} rounds of {options.steps - 1} timed steps")  # fmt: skip
     reference = steps["plain Trainer"]
     results = {}
     print(f"{'':<42}{'seconds':>9}{'ratio':>8}{'rounds':>16}{'peak GiB':>10}")

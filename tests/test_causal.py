@@ -237,8 +237,9 @@ def test_cross_entropy_in_chunks(build, method, options, tmp_path):
 
 
 def test_cross_entropy_that_chunks_cannot_compute(tmp_path):
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "head_dim": 8}
-    capped = Gemma2ForCausalLM(Gemma2Config(**SHAPE, **shape, num_key_value_heads=2, final_logit_softcapping=30.0))
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 2, "head_dim": 8, "final_logit_softcapping": 30.0}
+    capped = Gemma2ForCausalLM(Gemma2Config(**SHAPE, **shape))
     for model, method in ((capped, "naive"), (tiny_roberta(), "naive"), (tiny_gpt2(), "lwf")):
         args = arguments(tmp_path, chunked_cross_entropy=True)
         with pytest.raises(UserError, match="^chunked_cross_entropy: .*; leave it off$"):

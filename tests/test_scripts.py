@@ -42,7 +42,8 @@ def test_the_readme_of_a_built_in_model_states_what_its_weights_give(folder, arc
 @pytest.mark.parametrize("kind", [[], ["--causal"]], ids=["masked", "causal"])
 def test_the_benchmark_times_every_configuration(kind, tmp_path, monkeypatch, capsys):
     benchmark, out = load("benchmark"), tmp_path / "out.json"
-    small = "--rounds 1 --steps 2 --batch_size 2 --length 16 --layers 1 --vocabulary 40".split()
+    small = {"rounds": 1, "steps": 2, "batch_size": 2, "length": 16, "layers": 1, "vocabulary": 40}
+    small = [word for key, value in small.items() for word in (f"--{key}", str(value))]
     monkeypatch.setattr(benchmark.torch, "set_num_threads", lambda count: None)
     monkeypatch.setattr(benchmark, "_peak_in_own_process", lambda name: 2**30)
     monkeypatch.setattr(sys, "argv", ["benchmark.py", *small, *kind, "--json", str(out)])

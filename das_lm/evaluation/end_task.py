@@ -297,7 +297,7 @@ def fine_tune(
         train = [train[row] for row in sorted(permutation(len(train), "max_train")[: config.max_train].tolist())]
     with _quiet():
         tokenizer = _load_tokenizer(checkpoint)
-        length = min(config.max_length, longest_input(_load_classifier(checkpoint, task), tokenizer))
+        length = min(config.max_length, longest_input(_load_classifier(checkpoint, task, tokenizer), tokenizer))
         rows = {
             split: [
                 {**tokenizer(text, truncation=True, max_length=length), "labels": label} for text, label in examples
@@ -324,7 +324,7 @@ def fine_tune(
                     (directory,) = broadcast_object_list([directory])  # the main process's, for all
                     transformers.set_seed(seed)  # of the new head
                     trainer = transformers.Trainer(
-                        model=_load_classifier(checkpoint, task),
+                        model=_load_classifier(checkpoint, task, tokenizer),
                         args=_training_arguments(config, seed, state.num_processes, directory),
                         data_collator=transformers.DataCollatorWithPadding(tokenizer),
                         train_dataset=rows["train"],
@@ -389,11 +389,15 @@ def _load_tokenizer(checkpoint: str | Path) -> PreTrainedTokenizerBase:
         raise UserError(f"no tokenizer can be loaded from '{checkpoint}': {_one_line(error)}") from error
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of a directory without one
         raise UserError(f"no tokenizer is saved beside the model in '{checkpoint}'")
+    if tokenizer.pad_token is None:  # of causal models
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise UserError(f"the tokenizer of '{checkpoint}' has no token for padding, and none that ends a text")
     return tokenizer
 
 
-def _load_classifier(checkpoint: str | Path, task: Task) -> PreTrainedModel:
-    """The model with a new classification head, drawn from torch's generator."""
+def _load_classifier(checkpoint: str | Path, task: Task, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The model with a new head for classes, drawn from torch's generator; a causal model's reads the last token."""
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForSequenceClassification
@@ -414,6 +418,7 @@ def _load_classifier(checkpoint: str | Path, task: Task) -> PreTrainedModel:
         raise UserError(
             f"the checkpoint '{checkpoint}' lacks weights, which would be random: {', '.join(missing[:3])}"
         )
+    model.config.pad_token_id = tokenizer.pad_token_id  # by which a causal model finds the last token
     return model
 
 

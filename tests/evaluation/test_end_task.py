@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from das_lm.errors import UserError
 from das_lm.evaluation import end_task
 from das_lm.evaluation.end_task import EndTaskConfig, Task, classification_scores, fine_tune, load_task
-from tests.conftest import build_tokenizer, tiny_roberta
+from tests.conftest import BOS, EOS, VOCABULARY, build_tokenizer, tiny_roberta
 
 CONFIG = EndTaskConfig(seeds=(0,), learning_rate=3e-3, epochs=3, batch_size=8, max_length=16)
 
@@ -88,6 +88,21 @@ def test_a_separable_task_is_learned_and_nothing_is_left_behind(checkpoint, tmp_
     assert (measures["seeds"], measures["classes"], measures["skipped"]) == ([0, 1], ["a", "b", "c"], {})
 
 
+@pytest.mark.parametrize("pad", ["<pad>", None])
+def test_a_causal_model_learns_it_too(pad, tmp_path):
+    """From its last token, whatever pads the batch: GPT-2's tokenizer has no padding."""
+    torch.manual_seed(0)
+    shape = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 40, "vocab_size": VOCABULARY}
+    transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(**shape, initializer_range=0.2, bos_token_id=BOS, eos_token_id=EOS)
+    ).save_pretrained(tmp_path)
+    tokenizer = build_tokenizer()
+    tokenizer.pad_token = pad
+    tokenizer.save_pretrained(tmp_path)
+    found = fine_tune(tmp_path, synthetic_task(), CONFIG)
+    assert found.measures()["accuracy"][0] > 0.8  # a third by chance
+
+
 def test_a_seed_says_it_all(checkpoint):
     task = synthetic_task(noise=0.5)
 
@@ -131,7 +146,9 @@ def test_training_rows_can_be_limited(checkpoint, monkeypatch):
 
 
 def test_a_half_precision_checkpoint_is_trained_in_fp32(checkpoint):
-    assert {p.dtype for p in end_task._load_classifier(checkpoint, synthetic_task()).parameters()} == {torch.float32}
+    assert {
+        p.dtype for p in end_task._load_classifier(checkpoint, synthetic_task(), build_tokenizer()).parameters()
+    } == {torch.float32}
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # Real text: pre-train the tiny built-in model on general text, then take it through biomedicine and computer science,
-# naively at several learning rates and with DAS. DATA holds {general,bio,cs}/{train,heldout}.jsonl.gz; finished runs are
-# not repeated. About half an hour on one core.
+# naively at several learning rates and with DAS; with PEFT, LoRA adapters too. DATA holds
+# {general,bio,cs}/{train,heldout}.jsonl.gz; finished runs are not repeated. About half an hour on one core.
 #
-#     [MODEL=…] scripts/real_text.sh DATA OUTPUT [SEED]
+#     scripts/real_text.sh DATA OUTPUT [SEED]
+#     MODEL=built-in-causal PEFT='{"r": 8, "lora_alpha": 16, "target_modules": ["c_attn", "c_fc"]}' \
+#         scripts/real_text.sh DATA OUTPUT [SEED]
 set -euo pipefail
 data=$1 output=$2 seed=${3:-0}
 mkdir -p "$output"
@@ -46,4 +48,17 @@ done
 for rate in 5e-4 1e-3; do
     run "masks-$rate-seed$seed" "$output/bio_then_cs.yaml" --learning_rate $rate --max_steps 200 --contrast_weight 0
     run "das-$rate-seed$seed" "$output/bio_then_cs.yaml" --learning_rate $rate --max_steps 200
+done
+[ -z "${PEFT:-}" ] && exit
+lora() { # NAME, then options
+    name=$1
+    shift
+    run "lora-$name-seed$seed" "$output/bio_then_cs.yaml" --peft "$PEFT" --max_steps 200 "$@"
+}
+for rate in 1e-3 2e-3 4e-3; do
+    lora "naive-$rate" --method naive --learning_rate $rate
+done
+for rate in 2e-3 4e-3; do
+    lora "masks-$rate" --learning_rate $rate --contrast_weight 0
+    lora "das-$rate" --learning_rate $rate
 done

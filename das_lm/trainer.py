@@ -162,7 +162,7 @@ class ContinualTrainer(Trainer):
     ) -> tuple[Any, ...]:
         """Text as the language model reads it: packed blocks, and windows of held-out documents."""
         masking = labeling(tokenizer, model.can_generate(), args.mlm_probability)
-        max_length = _check_length(args.max_length, model, tokenizer)
+        max_length = _checked_length(args.max_length, model, tokenizer)
         if train_dataset is not None and not isinstance(train_dataset, TrainingBlocks):
             if "input_ids" not in train_dataset.column_names:
                 train_dataset = pack(train_dataset, tokenizer, max_length)
@@ -506,7 +506,10 @@ def _refuse(args: DASConfig) -> None:
             raise UserError(f"{name}: not supported, masks would not reach the partitioned parameters; use plain DDP")
 
 
-def _check_length(max_length: int, model: nn.Module, tokenizer: Any) -> int:
+def _checked_length(max_length: int, model: nn.Module, tokenizer: Any) -> int:
+    known = len(model.get_input_embeddings().weight)
+    if len(tokenizer) > known:
+        raise UserError(f"processing_class: the tokenizer has {len(tokenizer)} tokens, the model {known}; give its own")
     limit = longest_input(model, tokenizer)
     if max_length > limit:
         raise UserError(f"max_length: {max_length} is beyond what the model reads, {limit} tokens")

@@ -938,6 +938,11 @@ def test_max_length_beyond_the_tokenizer(tmp_path, monkeypatch):
         trainer_of(tmp_path, max_length=21)
 
 
+def test_the_tokenizer_of_another_model(tmp_path):
+    with pytest.raises(UserError, match="processing_class: the tokenizer has 64 tokens, the model 63; give its own"):
+        trainer_of(tmp_path, model=tiny_roberta(vocab_size=VOCABULARY - 1))
+
+
 def test_unknown_method(tmp_path):
     with pytest.raises(UserError, match="method: 'dass' is unknown. Did you mean 'das'"):
         trainer_of(tmp_path, method="dass")

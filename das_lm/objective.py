@@ -4,6 +4,7 @@ predict, or whatever loss a module returns."""
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -97,6 +98,8 @@ class LanguageModeling:
     def __init__(self, units: Units, causal: bool, separator: int | None = None):
         self.units, self.causal, self.separator = units, causal, separator
         self.name = "clm" if causal else "mlm"
+        if separator is not None:
+            logging.getLogger("transformers.modeling_utils").addFilter(_padding_is_not_read)
 
     def __call__(self, model: nn.Module, batch: Mapping[str, torch.Tensor], in_chunks: bool = False) -> Output:
         """Run `model` (or what wraps it) on `input_ids`, `attention_mask` and `labels`, each [rows, tokens].
@@ -126,6 +129,12 @@ class LanguageModeling:
     def flattened(self, batch: Mapping[str, torch.Tensor]) -> tuple[nn.Module, torch.Tensor]:
         """The module that sees predictions instead of rows, and the row of each: see `PerExample`."""
         return self.units.lm_head, (batch["labels"] != IGNORED).nonzero()[:, 0]
+
+
+def _padding_is_not_read(record: logging.LogRecord) -> bool:
+    """Drops transformers' warning of padding without an attention mask: here it stands on the right, after all that
+    is predicted."""
+    return "input_ids may be padded" not in record.getMessage()
 
 
 class ModuleLoss:

@@ -1,6 +1,7 @@
 """Causal language models through the same trainer, walk, methods and measures."""
 
 import json
+import logging
 import os
 import random
 from pathlib import Path
@@ -81,6 +82,16 @@ def test_the_loss_is_that_of_transformers(build, tmp_path):
     expected = model(**{k: whole[k] for k in ("input_ids", "attention_mask")}, labels=whole["input_ids"]).loss
     count = (whole["labels"] != IGNORED).sum()
     torch.testing.assert_close(trainer.compute_loss(model, dict(whole), num_items_in_batch=count), expected)
+
+
+def test_transformers_does_not_warn_of_padding_on_the_right(tmp_path, monkeypatch):
+    ContinualTrainer(tiny_gpt2(), arguments(tmp_path), processing_class=build_tokenizer())
+    logger, heard = logging.getLogger("transformers.modeling_utils"), []
+    monkeypatch.setattr(logger, "callHandlers", lambda record: heard.append(record.getMessage()))
+    monkeypatch.setattr(logger, "warning_once", logger.warning)  # that it came before is no reason here
+    tiny_gpt2().warn_if_padding_and_no_attention_mask(torch.tensor([[7, PAD]]), attention_mask=None)
+    logger.warning("another one")
+    assert heard == ["another one"]
 
 
 def test_held_out_text_by_document_token_and_byte(tmp_path):

@@ -45,10 +45,8 @@ run base "$output/base.yaml" --method naive --learning_rate 1e-3 --max_steps 150
 for rate in 2.5e-4 5e-4 1e-3; do
     run "naive-$rate-seed$seed" "$output/bio_then_cs.yaml" --method naive --learning_rate $rate --max_steps 200
 done
-for rate in 5e-4 1e-3; do
-    run "masks-$rate-seed$seed" "$output/bio_then_cs.yaml" --learning_rate $rate --max_steps 200 --contrast_weight 0
-    run "das-$rate-seed$seed" "$output/bio_then_cs.yaml" --learning_rate $rate --max_steps 200
-done
+run "masks-1e-3-seed$seed" "$output/bio_then_cs.yaml" --learning_rate 1e-3 --max_steps 200 --contrast_weight 0
+run "das-1e-3-seed$seed" "$output/bio_then_cs.yaml" --learning_rate 1e-3 --max_steps 200
 [ -z "${PEFT:-}" ] && exit
 lora() { # NAME, then options
     name=$1
@@ -58,7 +56,5 @@ lora() { # NAME, then options
 for rate in 1e-3 2e-3 4e-3; do
     lora "naive-$rate" --method naive --learning_rate $rate
 done
-for rate in 2e-3 4e-3; do
-    lora "masks-$rate" --learning_rate $rate --contrast_weight 0
-    lora "das-$rate" --learning_rate $rate
-done
+lora masks-4e-3 --learning_rate 4e-3 --contrast_weight 0
+lora das-4e-3 --learning_rate 4e-3

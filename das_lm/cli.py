@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import os
+import signal
 import sys
 import typing
 from collections.abc import Callable
@@ -735,10 +736,17 @@ def main(argv: list[str] | None = None) -> int:
         argv: The command and its arguments; those of the process by default.
 
     Returns:
-        The exit status: 0, 1 for what a check was to refuse, 2 for bad input (one message on stderr), 130 for Ctrl-C.
+        The exit status: 0, 1 for what a check was to refuse, 2 for bad input (one message on stderr), 130 for
+        Ctrl-C, 143 for SIGTERM.
     """
     argv = sys.argv[1:] if argv is None else argv
+    speaks = os.environ.get("RANK", "0") == "0"  # of several processes, one
     try:
+        for word in argv:
+            if "\0" in word or word != word.encode("utf-8", "replace").decode("utf-8"):
+                raise UserError(
+                    f"the argument {ascii(word)} is not UTF-8 text; rename the file, or write it otherwise"
+                )
         if not argv or argv[0] in ("-h", "--help"):
             commands = "\n".join(f"  {name:14} {command.__doc__}" for name, command in COMMANDS.items())
             print(DESCRIPTION.format(commands=commands), end="")
@@ -749,9 +757,11 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except UserError as error:
         message, status = f"error: {error}", 2
-    except KeyboardInterrupt:
+        speaks = speaks or getattr(error, "everywhere", False)
+    except KeyboardInterrupt as error:
         again = "the same command with --resume" if argv[0] in ("pretrain", "search-lambda") else "the same command"
-        message, status = f"interrupted; {again} continues", 130
-    if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
+        message = f"{str(error) or 'interrupted'}; {again} continues"
+        status = 128 + getattr(error, "number", signal.SIGINT)
+    if speaks:
         print(f"das-lm: {message}", file=sys.stderr)
     return status

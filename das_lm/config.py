@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
+
+from das_lm.errors import UserError
 
 NORMALIZATIONS = ("paper", "rank", "positive")
 ACCUMULATIONS = ("absolute", "signed")
@@ -220,6 +223,13 @@ class DASConfig(TrainingArguments):
     )
 
     def __post_init__(self):
+        if self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+            # Before transformers looks for it. Its reason is not the missing library.
+            raise UserError(
+                "deepspeed: not supported: its engine steps inside of the backward pass and keeps the weights that it "
+                "steps in a buffer of its own, so that no mask comes between; use FSDP2, which shards as ZeRO does "
+                "(recipes/accelerate/fsdp2.yaml), or DDP"
+            )
         super().__post_init__()
         self.dataloader_pin_memory &= self.device.type != "cpu"
         if self.importance_batch_size is None:
@@ -283,7 +293,10 @@ class DASConfig(TrainingArguments):
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns: must be false; labels and example ids are no model arguments")
         for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):  # old and new name
-            if (getattr(self, name, None) or {}).get("use_reentrant"):
+            given = getattr(self, name, None) or {}
+            if not isinstance(given, dict):
+                raise ValueError(f"{name}: '{given}' is no mapping; write for example {{\"use_reentrant\": false}}")
+            if given.get("use_reentrant"):
                 raise ValueError(
                     f"{name}: use_reentrant must be false; reentrant checkpointing gives the gates wrong gradients "
                     "without a message"

@@ -13,6 +13,10 @@ class UserError(Exception):
     """
 
 
+class NotFinite(UserError):
+    """Training came to NaN or infinity: in the loss, a gradient, weights, or importance."""
+
+
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the choice nearest to ``word``, or the sorted choices when none is near."""
     choices = sorted(set(choices))

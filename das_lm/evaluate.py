@@ -28,6 +28,7 @@ from das_lm.evaluation.end_task import EndTaskConfig, Task, fine_tune, load_task
 from das_lm.evaluation.forgetting import FILE_NAME, Results
 from das_lm.evaluation.held_out import HeldOut
 from das_lm.evaluation.probes import Questions, cloze_accuracy, load_questions
+from das_lm.files import broken_file
 from das_lm.pretrain import (
     RECIPE_NAME,
     held_out_windows,
@@ -100,9 +101,12 @@ def evaluate_run(
     if len(results.stages) <= len(stages):
         missing = stages[max(len(results.stages) - 1, 0)].name
         raise UserError(f"--run {run}: not finished, '{missing}' is missing; go on with das-lm pretrain … --resume")
+    if len(results.stages) > len(stages) + 1:
+        raise UserError(f"--run {run}: its {FILE_NAME} has more stages than its {RECIPE_NAME} has domains")
     for stage in stages:
-        if not stage.is_finished:
-            raise UserError(f"--run {run}: the checkpoint {stage.directory} is not there or not whole")
+        broken = broken_file(stage.directory)
+        if broken:
+            raise UserError(f"--run {run}: the checkpoint {stage.directory} is not there or not whole: {broken}")
     text = {domain.name: domain.load(measure_only=True).held_out for domain in recipe.measure}
     text |= {domain.name: domain.load().held_out for domain in recipe.domains}
     order = {**results.domains, **dict.fromkeys(text)}
@@ -158,7 +162,7 @@ def evaluate_checkpoints(
     results.stages = [{"name": name} for name in names]
     results.run = {
         "checkpoints": dict(checkpoints),
-        "training": dict(training or {}),
+        "training": {key: value for key, value in (training or {}).items() if not key.endswith("token")},
         **machine_facts(),
     }
     text = {domain.name: domain.load(measure_only=True).held_out for domain in entries}

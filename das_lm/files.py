@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,11 +17,32 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 
+logger = logging.getLogger(__name__)
+
+
+def partial_path(path: Path, *parts: Any) -> Path:
+    """A name beside a file or directory for what is not whole yet."""
+    return path.with_name(".".join(map(str, ("", path.name, *parts, "partial"))))
+
+
+def is_partial(path: Path) -> bool:
+    """Whether a file or directory is what a killed process was writing."""
+    return path.name.startswith(".") and path.name.endswith(".partial")
+
+
+def remove_partial(directory: Path | str) -> None:
+    """Remove what a killed process was writing in a directory."""
+    for path in filter(is_partial, Path(directory).glob(".*")):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
 
 def write_text(path: Path | str, text: str) -> None:
     """Write a text file atomically."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = partial_path(path, os.getpid())
     try:
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
@@ -37,7 +60,7 @@ def write_tensors(path: Path | str, tensors: Mapping[str, torch.Tensor], metadat
     from safetensors.torch import save_file
 
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = partial_path(path, os.getpid())
     try:
         save_file(
             {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, dict(metadata)
@@ -64,23 +87,31 @@ def broken_file(directory: Path | str) -> str | None:
     directory = Path(directory)
     try:
         entries = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError):
+        expected = [(name, entry["bytes"], entry["sha256"]) for name, entry in entries.items()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return MANIFEST
-    for name, entry in entries.items():
+    for name, size, digest in expected:
         path = directory / name
-        if not path.is_file() or path.stat().st_size != entry["bytes"] or _sha256(path) != entry["sha256"]:
+        if not path.is_file() or path.stat().st_size != size or _sha256(path) != digest:
             return name
     return None
 
 
 def newest_checkpoint(directory: Path | str) -> Path | None:
-    """The `checkpoint-<step>` directory of the highest step that is whole, or `None`."""
+    """The `checkpoint-<step>` directory of the highest step that is whole, or `None`; warns of newer ones that are
+    not."""
     found = [
         (int(match[1]), path)
         for path in Path(directory).glob("checkpoint-*")
         if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
     ]
-    return next((path for _, path in sorted(found, reverse=True) if broken_file(path) is None), None)
+    for _, path in sorted(found, reverse=True):
+        broken = broken_file(path)
+        if broken is None:
+            return path
+        how = "it was not saved to its end" if broken == MANIFEST else f"{broken} is damaged"
+        logger.warning("%s is passed over: %s", path, how)
+    return None
 
 
 def _sha256(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import math
@@ -12,7 +13,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ import torch
 import transformers
 import yaml
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from rich.console import Console
 from rich.markup import escape
@@ -39,12 +41,22 @@ from das_lm.data.embedded import MODELS
 from das_lm.data.leakage import find_leakage
 from das_lm.data.new_words import add_words, find_new_words
 from das_lm.data.packing import pack, windows
+from das_lm.data.streaming import TrainingStream
 from das_lm.errors import UserError
 from das_lm.evaluation.cache import DIRECTORY as CACHE_NAME
 from das_lm.evaluation.cache import Cache, fingerprint, model_fingerprint
 from das_lm.evaluation.forgetting import FIGURES_NAME, PAGE_NAME, Results
 from das_lm.evaluation.forgetting import FILE_NAME as RESULTS_NAME
-from das_lm.files import broken_file, newest_checkpoint, seal, write_text
+from das_lm.files import (
+    broken_file,
+    is_partial,
+    newest_checkpoint,
+    partial_path,
+    remove_partial,
+    seal,
+    write_text,
+)
+from das_lm.interruption import ProcessLost, Signals, is_about_processes
 from das_lm.methods import METHODS
 from das_lm.model_card import HubRepository, write_card
 from das_lm.trainer import STATE_NAME, ContinualTrainer, data_seed
@@ -59,6 +71,8 @@ if TYPE_CHECKING:
 
 RECIPE_NAME = "recipe.yaml"
 CURVES_NAME = "tensorboard"
+#: Training arguments that change with the number of processes, and their defaults.
+PER_PROCESS = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
 
 
 @dataclass
@@ -81,7 +95,7 @@ class Stage:
 
     @property
     def is_finished(self) -> bool:
-        return self.directory.is_dir() and broken_file(self.directory) is None
+        return self.directory.is_dir()  # it gets its name when it is whole; what was damaged since is refused
 
 
 def continual_pretrain(
@@ -103,18 +117,24 @@ def continual_pretrain(
         the result matrix and its figures, as in `forgetting.json`.
 
     Raises:
-        UserError: bad input; nothing of an earlier run has been touched.
+        UserError: bad input (nothing of an earlier run has been touched), a disk that cannot be written to, or
+            another process that is gone.
+        Interrupted: SIGTERM or Ctrl-C; what is learned is saved.
     """
+    with Signals():
+        return _continual_pretrain(recipe, resume, overwrite, halves, report)
+
+
+def _continual_pretrain(recipe: Recipe, resume: bool, overwrite: bool, halves: bool, report: bool) -> Results:
     state = PartialState(cpu=not torch.cuda.is_available())
     console = Console(quiet=not state.is_main_process, highlight=False)
     if state.device.type == "cpu" and state.num_processes == 1:
         use_all_cores()
     transformers.utils.logging.disable_progress_bar()  # of loading and saving weights
     output = Path(recipe.output_dir)
-    if state.is_main_process:
-        check_output(output, recipe, resume, overwrite)
-    check_model(recipe)
     try:
+        _on_main(state, _check_and_clean, output, recipe, resume, overwrite)
+        check_model(recipe)
         with state.main_process_first():
             text, tokenizer = _load_text(recipe, console), load_tokenizer(model_path(recipe), recipe)
         results = _walk(recipe, output, overwrite, halves, text, tokenizer, state, console)
@@ -122,11 +142,32 @@ def continual_pretrain(
             console.print(f"Report: {_report(output)}", soft_wrap=True)
         return results
     except (OSError, SafetensorError, RuntimeError) as error:
+        if state.num_processes > 1 and is_about_processes(error):
+            raise ProcessLost(
+                f"process {state.process_index} of {state.num_processes} lost another one, which was killed or says "
+                f"why it ended; use --resume to go on ({_one_line(error)})"
+            ) from error
         if _is_about_disk(error):
+            where = getattr(error, "filename", None) or output
             raise UserError(
-                f"output_dir: cannot write to {output}: {error}; free some space and use --resume"
+                f"output_dir: cannot write to {where}: {_one_line(error)}; free some space, or make it writable, and "
+                "use --resume"
             ) from error
         raise
+
+
+def _on_main(state: PartialState, function: Any, *args: Any) -> Any:
+    """What a function returns in the main process, or the `UserError` that it raises there, in every process."""
+    result: Any = None
+    if state.is_main_process:
+        try:
+            result = function(*args)
+        except UserError as error:
+            result = error
+    (result,) = broadcast_object_list([result])
+    if isinstance(result, UserError):
+        raise result
+    return result
 
 
 def _walk(
@@ -154,16 +195,19 @@ def _walk(
             args.importance = "auto"  # where the importance of the base model comes from has been settled
         args.push_to_hub = False  # the walk pushes, when a stage is finished and measured
         learned = [d for s in stages[: stages.index(stage) + 1] for d in s.domains] if needs_earlier else stage.domains
+        masking, seed = labeling(tokenizer, causal, args.mlm_probability), data_seed(args)
+        rows: TrainingBlocks
+        if domain and domain.streaming:
+            documents, buffer = text[domain.name].train, domain.shuffle_buffer
+            rows = TrainingStream(documents, tokenizer, args.max_length, masking, seed, domain.name, buffer)
+        else:
+            blocks = read.packed(tokenizer, [domain.name for domain in learned])
+            rows = TrainingBlocks(blocks, masking, seed, "interleaved" if needs_earlier else recipe.schedule)
         return ContinualTrainer(
             model=model,
             args=args,
             method=recipe.method,
-            train_dataset=TrainingBlocks(
-                read.packed(tokenizer, [domain.name for domain in learned]),
-                labeling(tokenizer, causal, args.mlm_probability),
-                data_seed(args),
-                "interleaved" if needs_earlier else recipe.schedule,
-            ),
+            train_dataset=rows,
             eval_dataset=read.held_out(tokenizer)[1 if halves else 0],
             processing_class=tokenizer,
             domain=stage.name,
@@ -174,6 +218,7 @@ def _walk(
 
     hub = HubRepository(args, output.absolute().name) if args.push_to_hub and state.is_main_process else None
     results = Results(domains, run=_facts(recipe, text, args), unit=f"nats per {'' if causal else 'masked '}token")
+    earlier = None
     if (output / RESULTS_NAME).is_file() and not overwrite:
         earlier = Results.load(output)
         results.stages, results.run["warnings"] = earlier.stages, earlier.run["warnings"]
@@ -196,7 +241,7 @@ def _walk(
                 larger = _with_new_words(model, larger, stage, text, recipe)
         if state.is_main_process:
             _open_output(output, recipe, overwrite)
-        _keep(results, *measured, {"checkpoint": recipe.model_name_or_path}, output, state, None)
+        _keep(results, *measured, {"checkpoint": recipe.model_name_or_path}, 0, output, state, None)
         del model, trainer
         state.wait_for_everyone()
 
@@ -218,7 +263,9 @@ def _walk(
                 trainer.model.active_peft_config.base_model_name_or_path = model_path(recipe)
             console.rule(f"[bold]{stage.name}[/bold] ({index} of {len(stages)})", align="left")
             started = time.perf_counter()
-            trainer.train(resume_from_checkpoint=newest_checkpoint(stage.workshop))
+            if earlier:
+                trainer.check_order(_batch_before(earlier.run, stage.name))
+            trainer.train(resume_from_checkpoint=_on_main(state, newest_checkpoint, stage.workshop))
             _save(trainer, stage.directory, recipe, None if stage is stages[0] else Path(source))
             seconds = round(time.perf_counter() - started, 1)
         if is_finished or recipe.peft:
@@ -230,6 +277,7 @@ def _walk(
             results,
             *_measure(trainer, read.held_out(tokenizer)[0], stage.name, console, facts),
             facts,
+            index,
             output,
             state,
             hub,
@@ -348,12 +396,13 @@ def _keep(
     row: dict[str, Any],
     measured: dict[str, HeldOut],
     facts: dict[str, Any],
+    index: int,
     output: Path,
     state: PartialState,
     hub: HubRepository | None,
 ) -> None:
-    """Add a row to the results and their intervals, and write them; of a stage its card before, and push it."""
-    results.stages.append({**row, **facts})
+    """Put a row and its intervals into the results, and write them; of a stage its card before, and push it."""
+    results.stages[index : index + 1] = [{**row, **facts}]  # there is one if a domain was deleted and learned again
     if state.is_main_process:
         cache = Cache(output / CACHE_NAME)
         for domain, one in measured.items():
@@ -361,11 +410,12 @@ def _keep(
         kept = [{name: cache.held_out(key) for name, key in stage["measured"].items()} for stage in results.stages]
         if all(one for stage in kept for one in stage.values()):
             results.add_held_out_intervals(kept)
-        if len(results.stages) > 1:  # whatever is interrupted here is measured and pushed again
-            write_card(output / facts["checkpoint"], results, hub and hub.id)
+        if index:  # whatever is interrupted here is measured and pushed again
+            so_far = replace(results, stages=results.stages[: index + 1])
+            write_card(output / facts["checkpoint"], so_far, hub and hub.id)
             if hub:
                 stages = max(filter(None, results.domains.values()))
-                message = f"{row['name']} ({len(results.stages) - 1} of {stages})"
+                message = f"{row['name']} ({index} of {stages})"
                 hub.push(output / facts["checkpoint"], message)
         results.save(output)
 
@@ -414,7 +464,7 @@ def _report(output: Path) -> Path:
 
 def _save(trainer: ContinualTrainer, directory: Path, recipe: Recipe, before: Path | None) -> None:
     """Save a finished domain, after the one in the directory `before`: whole under its name, or not there."""
-    partial = directory.with_name(f".{directory.name}.partial")
+    partial = partial_path(directory)
     if trainer.is_world_process_zero():
         shutil.rmtree(partial, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
@@ -425,7 +475,6 @@ def _save(trainer: ContinualTrainer, directory: Path, recipe: Recipe, before: Pa
             adapters.finish(trainer.model, partial, recipe.peft["adapters"], recipe.model_name_or_path, before)
         trainer.state.save_to_json(str(partial / "trainer_state.json"))  # with the curves of the losses
         seal(partial)
-        shutil.rmtree(directory, ignore_errors=True)  # broken: a whole one would not have been learned again
         os.replace(partial, directory)
     trainer.accelerator.wait_for_everyone()
 
@@ -632,7 +681,7 @@ def _facts(recipe: Recipe, text: dict[str, Documents], args: Any) -> dict[str, A
         "recipe": yaml.safe_load(recipe.to_yaml()),
         **machine_facts(),
         "processes": args.world_size,
-        "documents": {name: len(d.train) if d.train is not None else 0 for name, d in text.items()},
+        "documents": {n: len(d.train) if d.has_length else None if d.train else 0 for n, d in text.items()},
         "warnings": {name: d.warnings for name, d in text.items() if d.warnings},
     }
 
@@ -658,7 +707,7 @@ def check_output(output: Path, recipe: Recipe, resume: bool, overwrite: bool) ->
         raise UserError(f"output_dir: {output} is a file; name a directory")
     if existing is not None and not (existing.is_dir() and os.access(existing, os.W_OK)):
         raise UserError(f"output_dir: cannot write to {existing}; name another directory with --output_dir")
-    if not output.is_dir() or not any(output.iterdir()):
+    if not output.is_dir() or all(is_partial(path) for path in output.iterdir()):
         if resume:
             raise UserError(f"--resume: {output} holds no run to go on with; leave --resume out")
         return
@@ -672,8 +721,11 @@ def check_output(output: Path, recipe: Recipe, resume: bool, overwrite: bool) ->
             "--overwrite_output_dir to start again, or another --output_dir"
         )
     if resume:
-        before = yaml.safe_load((output / RECIPE_NAME).read_text(encoding="utf-8"))
-        now = yaml.safe_load(recipe.to_yaml())
+        from das_lm.recipe import load_recipe
+
+        before = load_recipe(output / RECIPE_NAME, check_device=False)  # as it was written, or a message
+        before = _without_batch(yaml.safe_load(before.to_yaml()))
+        now = _without_batch(yaml.safe_load(recipe.to_yaml()))
         for key in {**before, **now}:
             if key not in ("output_dir", "description") and before.get(key) != now.get(key):
                 raise UserError(
@@ -682,10 +734,45 @@ def check_output(output: Path, recipe: Recipe, resume: bool, overwrite: bool) ->
                 )
 
 
+def _without_batch(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe without what another number of processes has to change; the trainer compares the product of them."""
+    for one in (recipe, *recipe["domains"]):
+        training = {name: value for name, value in one.pop("training", {}).items() if name not in PER_PROCESS}
+        if training:
+            one["training"] = training
+    return recipe
+
+
+def _batch_before(run: dict[str, Any], name: str) -> dict[str, int]:
+    """[`ContinualTrainer.batch`] of a domain, as `forgetting.json` tells how the run was begun."""
+    domain = next((one for one in run["recipe"]["domains"] if one["name"] == name), {})
+    training = {**run["recipe"].get("training", {}), **domain.get("training", {})}
+    return {
+        "processes": run.get("processes", 1),
+        **{key: training.get(key, default) for key, default in PER_PROCESS.items()},
+    }
+
+
+def _check_and_clean(output: Path, recipe: Recipe, resume: bool, overwrite: bool) -> None:
+    """[`check_output`]; and of the run to go on with, whether its finished domains are what was saved."""
+    check_output(output, recipe, resume, overwrite)
+    if not resume:
+        return
+    for stage in stages_of(recipe, output):
+        broken = broken_file(stage.directory) if stage.is_finished else None
+        if broken:
+            raise UserError(
+                f"--resume: {stage.directory} is damaged: {broken} is not what was saved; put back a copy of the "
+                f"directory, or delete it to learn '{stage.name}' again"
+            )
+    for directory in (output, output / CACHE_NAME):
+        remove_partial(directory)
+
+
 def _open_output(output: Path, recipe: Recipe, overwrite: bool) -> None:
     if overwrite and (output / RECIPE_NAME).is_file():
         # Only what a run writes, and the recipe last: whatever is interrupted here can be overwritten again.
-        for path in [*output.glob("[0-9]*-*"), *output.glob(".[0-9]*-*.partial")]:
+        for path in output.glob("[0-9]*-*"):
             shutil.rmtree(path)
         for name in (CACHE_NAME, CURVES_NAME, FIGURES_NAME):
             shutil.rmtree(output / name, ignore_errors=True)
@@ -693,10 +780,14 @@ def _open_output(output: Path, recipe: Recipe, overwrite: bool) -> None:
             (output / name).unlink(missing_ok=True)
         (output / RECIPE_NAME).unlink()
     output.mkdir(parents=True, exist_ok=True)
+    remove_partial(output)
     if not (output / RECIPE_NAME).is_file():
         write_text(output / RECIPE_NAME, recipe.to_yaml())
 
 
 def _is_about_disk(error: Exception) -> bool:
-    words = ("No space left", "Read-only file system", "Permission denied", "Disk quota exceeded", "File too large")
-    return any(word in str(error) for word in words)
+    numbers = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EFBIG, errno.EIO)
+    if isinstance(error, OSError) and error.errno in numbers:
+        return True
+    words = [os.strerror(number) for number in numbers]  # of safetensors; torch.save says less
+    return any(word in str(error) for word in [*words, "PytorchStreamWriter", "inline_container"])

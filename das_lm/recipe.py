@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
+import math
 import re
 import typing
 from collections.abc import Iterator
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from das_lm.config import DASConfig
 
 KeyPath = tuple[str | int, ...]
+
+#: Keys of a recipe file; a few aliases of aliases stand for billions.
+MOST_KEYS = 10_000
 
 #: Training arguments that have another place.
 ELSEWHERE = {
@@ -64,7 +68,7 @@ class Recipe:
     measure: list[Domain] = Field(default_factory=list)
     method: str | list[str] = Field(default="das", validate_default=True)
     schedule: Literal["sequential", "alternating", "interleaved"] = "sequential"
-    training: dict[str, Any] = Field(default_factory=dict)
+    training: dict[str, Any] = Field(default_factory=dict, validate_default=True)
     trust_remote_code: bool = False
     attn_implementation: str | None = None
     units: dict[str, Any] | None = None
@@ -97,15 +101,21 @@ class Recipe:
 
     @field_validator("method")
     @classmethod
-    def _check_method(cls, method: str | list[str]) -> list[str]:
+    def _check_method(cls, method: str | list[str], info: ValidationInfo) -> list[str]:
         from das_lm.methods import METHODS
 
         methods = [method] if isinstance(method, str) else method
         if not methods:
             raise ValueError("is empty; for training without a method write naive")
+        streamed = [domain.name for domain in info.data.get("domains", []) if domain.streaming]
         for name in methods:
             if name not in METHODS:
                 raise ValueError(f"there is no method '{name}'.{did_you_mean(name, METHODS)}")
+            if METHODS[name].needs_earlier_domains and streamed:
+                raise ValueError(
+                    f"'{name}' mixes all domains so far, and '{streamed[0]}' is streamed; leave streaming out of it, "
+                    "or write another method, such as replay"
+                )
         if len(set(methods)) < len(methods):
             raise ValueError(f"{', '.join(methods)}: a method stands there twice")
         return methods
@@ -123,12 +133,28 @@ class Recipe:
                         "write sequential, or another method"
                     )
             for domain in info.data.get("domains", []):
+                if domain.streaming:
+                    raise ValueError(
+                        f"'{schedule}' mixes whole domains, and '{domain.name}' is streamed; write sequential, or "
+                        "leave streaming out of it"
+                    )
                 if domain.training:
                     raise ValueError(
                         f"'{schedule}' trains on all domains at once, so '{domain.name}' cannot have training "
                         "arguments of its own; write sequential, or leave them out"
                     )
         return schedule
+
+    @field_validator("training")
+    @classmethod
+    def _check_steps_of_streams(cls, training: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        for domain in info.data.get("domains", []):
+            if domain.streaming and {**training, **domain.training}.get("max_steps") in (None, -1):
+                raise ValueError(
+                    f"domain '{domain.name}' is streamed, and how long it is, is not known: write max_steps, such as "
+                    "max_steps: 1000"
+                )
+        return training
 
     @field_validator("peft")
     @classmethod
@@ -164,7 +190,7 @@ class Recipe:
             raise UserError("\n".join(f"{where}training.{key_path(path)}: {message}" for path, message in problems))
         try:
             return DASConfig(output_dir=output_dir, **arguments)
-        except (ValueError, TypeError, OSError, ImportError) as error:
+        except Exception as error:  # whatever transformers makes of values that do not go together
             raise UserError(f"{where}training arguments: {' '.join(str(error).split())}") from error
 
     def to_yaml(self) -> str:
@@ -262,7 +288,9 @@ def _convert(value: Any, hint: Any) -> Any:
     misread = isinstance(value, bool) and bool not in kinds  # a number to pydantic, a slip in a recipe
     try:
         if not misread:
-            return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+            converted = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+            if not isinstance(converted, float) or math.isfinite(converted):
+                return converted
     except ValidationError:
         pass
     raise ValueError(f"expected {describe_type(hint)}, not {describe_value(value)}")
@@ -324,6 +352,14 @@ def load_recipe(
     """
     path = find_recipe(name_or_path)
     data, places = _read_yaml(path)
+    problems = [
+        ((*at, "training", key), "a recipe is no place for a secret; leave it out, and log in with `hf auth login`")
+        for at, entry in _with_training(data)
+        for key in entry["training"]
+        if str(key).endswith("token")
+    ]
+    if problems:
+        raise UserError("\n".join(_tell(at, message, places) for at, message in problems))
     _override(data, places, overrides or {})
 
     problems = []
@@ -369,17 +405,21 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, str]]:
         places = {(): str(path)}
         if node is not None:
             _find_places(node, (), path, places)
-        data = yaml.safe_load(text)
+        data = yaml.safe_load(text)  # plain data: a tag of a Python object is refused
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start:,}); a recipe is a YAML file") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     except RecursionError:
-        raise UserError(f"{path}: broken YAML: an alias refers to what contains it") from None
+        raise UserError(
+            f"{path}: broken YAML: an alias refers to what contains it, or it is nested too deeply"
+        ) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}" if mark else str(path)
         raise UserError(f"{place}: broken YAML: {getattr(error, 'problem', None) or error}") from None
+    except ValueError as error:  # such as a date in month 13
+        raise UserError(f"{path}: broken YAML: {error}") from None
     if not isinstance(data, dict):
         raise UserError(
             f"{path}: expected a mapping of keys to values, such as 'model_name_or_path: built-in', not "
@@ -389,6 +429,13 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, str]]:
 
 
 def _find_places(node: yaml.Node, at: KeyPath, path: Path, places: dict[KeyPath, str]) -> None:
+    if len(places) > MOST_KEYS:
+        raise UserError(f"{path}: more than {MOST_KEYS:,} keys and entries, aliases counted; that is no recipe")
+    if isinstance(node, yaml.ScalarNode) and re.search("[\0\ud800-\udfff]", node.value):
+        raise UserError(
+            f"{path}:{node.start_mark.line + 1}: {key_path(at)}: holds NUL, or half of a surrogate pair; neither can "
+            "stand in a text or a path"
+        )
     if isinstance(node, yaml.SequenceNode):
         for index, child in enumerate(node.value):
             places[(*at, index)] = f"{path}:{child.start_mark.line + 1}"

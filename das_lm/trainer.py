@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import math
+import os
+import pickle
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import fsdp2_prepare_model
+from datasets import IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import nn
-from torch.utils.data import SequentialSampler
+from torch.distributed.fsdp import CPUOffloadPolicy
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader, SequentialSampler
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput, HubStrategy, rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput, HubStrategy, SaveStrategy, rotate_checkpoints
+from transformers.training_args import ParallelMode
 
 from das_lm import __version__
 from das_lm.adapters import check_adapter_kind, with_adapter
@@ -31,14 +40,19 @@ from das_lm.data.blocks import (
     labeling,
 )
 from das_lm.data.packing import longest_input, pack, separator_of, windows
-from das_lm.errors import UserError, did_you_mean
+from das_lm.data.streaming import DocumentStream, TrainingStream
+from das_lm.errors import NotFinite, UserError, did_you_mean
 from das_lm.evaluation.held_out import HeldOut, held_out_losses
 from das_lm.files import broken_file, newest_checkpoint, seal, write_json
+from das_lm.interruption import Interrupted, Signals
 from das_lm.methods import METHODS, Method
 from das_lm.objective import LanguageModeling, ModuleLoss, Output, check_head_in_chunks
 from das_lm.units import Architecture, Units
+from das_lm.units.sharding import is_sharded, named_parameters, tied_beyond, whole_state_dict
 
 STATE_NAME = "continual_state.json"
+BATCH_NAME = "batch.json"
+STREAM_NAME = "stream.json"
 
 
 class ContinualTrainer(Trainer):
@@ -52,8 +66,9 @@ class ContinualTrainer(Trainer):
         model: a language model, loaded with its LM head, in fp32; or another module.
         args: the arguments; a [`DASConfig`].
         method: names in `das_lm.methods.METHODS`, or [`Method`] objects; one or a list.
-        train_dataset: documents (a data set with a column `text`), packed blocks (a column `input_ids`), or a
-            [`TrainingBlocks`]; for another module, a map-style data set of dictionaries, or a [`TrainingRows`].
+        train_dataset: documents (a data set with a column `text`, or an `IterableDataset` with one, which is read
+            while training, see [`TrainingStream`]), packed blocks (a column `input_ids`), or a [`TrainingBlocks`]; for
+            another module, a map-style data set of dictionaries, or a [`TrainingRows`].
         eval_dataset: held-out documents, windows or [`HeldOutWindows`], or a dictionary of them by domain; for another
             module, a data set or a dictionary of them.
         processing_class: the tokenizer.
@@ -123,17 +138,32 @@ class ContinualTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
+        rows = args.per_device_train_batch_size * args.world_size
+        if args.dataloader_drop_last and self.train_dataset is not None and 0 < len(self.train_dataset) < rows:
+            raise UserError(
+                f"dataloader_drop_last: domain '{domain}' has {len(self.train_dataset)} rows, fewer than the {rows} "
+                "of a batch, and nothing would be learned; leave it off, or make the batch smaller"
+            )
         # The loss below is divided by all that the accumulated batch holds.
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
         self._loss_parts: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=self.args.device))
         self._loss_parts_since = 0
+        self._step_parts: list[tuple[str, torch.Tensor]] = []  # of the batches of the present step
         self._until_backward = ExitStack()
+        self._signals = Signals()
         self.methods = [_make_method(one) for one in ([method] if isinstance(method, str | Method) else method)]
+        if self.is_sharded:
+            self._check_sharding()
         for one in self.methods:
             if self.has_adapter and not one.works_with_adapters:
                 raise UserError(
                     f"method: '{type(one).__name__.lower()}' remembers single parameters, and the next domain's "
                     "adapter has others: train all weights, without peft, or use another method, such as das or replay"
+                )
+            if self.is_sharded and not one.works_sharded:
+                raise UserError(
+                    f"method: '{type(one).__name__.lower()}' needs whole parameters, and fsdp leaves each process a "
+                    "slice of them: use DDP, or another method, such as das, ewc or replay"
                 )
             one.attach(self)
         self.add_callback(_Moments(self))
@@ -163,7 +193,12 @@ class ContinualTrainer(Trainer):
         """Text as the language model reads it: packed blocks, and windows of held-out documents."""
         masking = labeling(tokenizer, model.can_generate(), args.mlm_probability)
         max_length = _checked_length(args.max_length, model, tokenizer)
-        if train_dataset is not None and not isinstance(train_dataset, TrainingBlocks):
+        if isinstance(train_dataset, IterableDataset):
+            documents = DocumentStream(train_dataset, where=f"domain '{self.domain}'")
+            train_dataset = TrainingStream(documents, tokenizer, max_length, masking, data_seed(args), self.domain)
+        if isinstance(train_dataset, TrainingStream):
+            _take_from_stream(args, train_dataset)
+        elif train_dataset is not None and not isinstance(train_dataset, TrainingBlocks):
             if "input_ids" not in train_dataset.column_names:
                 train_dataset = pack(train_dataset, tokenizer, max_length)
             train_dataset = TrainingBlocks({self.domain: train_dataset}, masking, data_seed(args))
@@ -194,12 +229,78 @@ class ContinualTrainer(Trainer):
             for moment in ("read_gradient", "change_gradient"):
                 for method in self.methods:
                     getattr(method, moment)()
-        if not torch.isfinite(loss):
-            raise UserError(
-                f"the loss of domain '{self.domain}' is {loss.item()} at step {self.state.global_step + 1}; try a "
-                "smaller learning_rate, a smaller max_grad_norm, or bf16 instead of fp16"
-            )
         return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The norm of the gradient before clipping. The Trainer asks for it last before the optimizer steps, so that
+        this is where a step is stopped that would spoil the weights."""
+        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self._check_step(grad_norm)
+        return grad_norm
+
+    def _check_step(self, grad_norm: torch.Tensor) -> None:
+        """
+        Look at every part of the loss and at the gradient, with one transfer from the device for a whole step.
+
+        Raises:
+            NotFinite: one of them is. A gradient that overflowed in fp16 is none of that: the gradient
+                scaler skips its step.
+        """
+        if isinstance(grad_norm, DTensor):
+            grad_norm = grad_norm.full_tensor()
+        names = [name for name, _ in self._step_parts]
+        values = torch.stack([*(part.float() for _, part in self._step_parts), grad_norm.float().to(self.args.device)])
+        self._step_parts.clear()
+        *losses, norm = values.tolist()
+        if not math.isfinite(norm) and self.accelerator.num_processes > 1:  # as in all of them: agree on the part
+            *losses, norm = self.accelerator.reduce(values, "sum").tolist()
+        broken = {name: value for name, value in zip(names, losses, strict=True) if not math.isfinite(value)}
+        if broken:
+            raise NotFinite(self._not_finite(", ".join(broken), "loss", next(iter(broken.values()))))
+        # Scaled by less than 1, a gradient is not infinite because of fp16.
+        if not math.isfinite(norm) and (self.accelerator.scaler is None or self.gradient_scale < 1):
+            logs = {name: value for method in self.methods for name, value in method.logs().items()}
+            added = ", ".join(name for name, value in logs.items() if not math.isfinite(value))
+            raise NotFinite(self._not_finite(added or "the loss is finite", "gradient", norm))
+
+    def _not_finite(self, part: str, what: str, value: float) -> str:
+        return (
+            f"{part}: the {what} of domain '{self.domain}' is {value} at step {self.state.global_step + 1}; try a "
+            f"smaller learning_rate, a smaller max_grad_norm, or bf16 instead of fp16{self._last_good_weights()}"
+        )
+
+    def _last_good_weights(self) -> str:
+        """Where to begin again. Resuming would come to the same step."""
+        found = newest_checkpoint(self.args.output_dir)
+        if found is None and self.state.global_step:
+            found = getattr(self.accelerator.unwrap_model(self.model), "name_or_path", None)
+        return f". {found} holds the last good weights: start a new run there (--model_name_or_path)" if found else ""
+
+    def check_finite(self, tensors: Mapping[str, torch.Tensor], what: str) -> None:
+        """
+        Before something is kept that nothing would make whole again: weights, importance.
+
+        Args:
+            tensors: by the names of parameters or groups of units; the same names in every process.
+            what: they are.
+
+        Raises:
+            NotFinite: one of them holds NaN or infinity.
+        """
+        local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors.values()]
+        finite = torch.stack([part.detach().isfinite().all() for part in local]).to(self.args.device).float()
+        everywhere = self.accelerator.reduce(finite, "mean").tolist()
+        broken = [name for name, share in zip(tensors, everywhere, strict=True) if share < 1]
+        if broken:
+            raise NotFinite(
+                f"domain '{self.domain}', after step {self.state.global_step}: the {what} of {len(broken)} of "
+                f"{len(tensors)} tensors, first of '{broken[0]}', is NaN or infinite, and is not kept; try a smaller "
+                f"learning_rate, or bf16 instead of fp16{self._last_good_weights()}"
+            )
+
+    def _check_weights(self) -> None:
+        weights = named_parameters(self.accelerator.unwrap_model(self.model))
+        self.check_finite({name: weight for name, weight in weights.items() if weight.requires_grad}, "value")
 
     def compute_loss(
         self,
@@ -225,13 +326,18 @@ class ContinualTrainer(Trainer):
             loss = losses.sum() / num_items_in_batch
             if self.args.average_tokens_across_devices:  # counted over all processes, which DDP averages
                 loss = loss * self.accelerator.num_processes
-        self._loss_parts[f"loss_{self.objective.name}"] += loss.detach()
+        self._note(self.objective.name, loss)
         for method in self.methods:
             for name, extra in method.loss(model, inputs, outputs).items():
                 extra = extra / self.current_gradient_accumulation_steps
-                self._loss_parts[f"loss_{name}"] += extra.detach()
+                self._note(name, extra)
                 loss = loss + extra
         return (loss, outputs) if return_outputs else loss
+
+    def _note(self, name: str, part: torch.Tensor) -> None:
+        """A part of the loss: to log, and to look at before the step."""
+        self._loss_parts[f"loss_{name}"] += part.detach()
+        self._step_parts.append((f"loss_{name}", part.detach()))
 
     @property
     def gradient_scale(self) -> float:
@@ -251,14 +357,18 @@ class ContinualTrainer(Trainer):
             torch.zeros_like(parameter) if gradient is None else gradient
             for parameter, gradient in zip(parameters, gradients, strict=True)
         ]
-        return [self.accelerator.reduce(gradient, "mean") for gradient in gradients]
+        for index, gradient in enumerate(gradients):  # one by one, since each leaves the other copy
+            gradients[index] = self.accelerator.reduce(gradient, "mean")
+        return gradients
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The Trainer's optimizer, with a learning rate of its own for the parameters that are no units."""
         is_given = self.optimizer is not None
+        named_parameters(self.model)  # of a sharded model, the slices are in place now
         optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
         scale = self.args.non_unit_lr_scale
         if is_given or scale == 1:
+            self._parameter_groups = [list(group["params"]) for group in optimizer.param_groups]
             return optimizer
         others = {id(parameter) for parameter in self._non_units()}
         for group in list(optimizer.param_groups):
@@ -266,13 +376,14 @@ class ContinualTrainer(Trainer):
             if split:
                 group["params"] = [parameter for parameter in group["params"] if id(parameter) not in others]
                 optimizer.add_param_group({**group, "params": split, "lr": group["lr"] * scale})
+        self._parameter_groups = [list(group["params"]) for group in optimizer.param_groups]
         return optimizer
 
     def _non_units(self) -> list[nn.Parameter]:
         """The trainable parameters that belong to no unit: embeddings, norms, LM head."""
         owned = self.units.owned_parameters()
-        named = self.units.model.named_parameters()
-        return [parameter for name, parameter in named if name not in owned and parameter.requires_grad]
+        named = named_parameters(self.units.model)
+        return [parameter for name, parameter in named.items() if name not in owned and parameter.requires_grad]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the parts of the loss beside their sum."""
@@ -290,13 +401,16 @@ class ContinualTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """
-        Learn the domain, then let the methods consolidate it.
+        Learn the domain, then let the methods consolidate it. Where checkpoints are saved (`save_strategy`), SIGTERM
+        and Ctrl-C save one more after the present step.
 
         Args:
             resume_from_checkpoint: a checkpoint to go on from, or `True` for the newest whole one in `output_dir`.
 
         Raises:
-            UserError: nothing to train on, a checkpoint that is not whole, or a loss that is no number.
+            UserError: nothing to train on, a checkpoint that is not whole or was saved by a run that saw the data in
+                another order, or a loss that is no number.
+            Interrupted: SIGTERM or Ctrl-C.
         """
         if self.train_dataset is None or len(self.train_dataset) == 0:
             raise UserError(f"domain '{self.domain}' has no text to train on")
@@ -311,23 +425,88 @@ class ContinualTrainer(Trainer):
                 raise UserError(
                     f"checkpoint {resume_from_checkpoint} is not whole: {broken}; resume from an older one"
                 )
+            batch = Path(resume_from_checkpoint, BATCH_NAME)
+            if batch.is_file():
+                self.check_order(json.loads(batch.read_text(encoding="utf-8")))
+            place = Path(resume_from_checkpoint, STREAM_NAME)
+            if isinstance(self.train_dataset, TrainingStream) and place.is_file():
+                self.train_dataset.load_state_dict(json.loads(place.read_text(encoding="utf-8")))
             for method in self.methods:
                 method.load(Path(resume_from_checkpoint))
         self._loss_parts.clear()
-        frozen = self._non_units() if self.args.non_unit_lr_scale == 0 else []
-        for parameter in frozen:
-            parameter.requires_grad_(False)
+        self._step_parts.clear()
+        others = {id(one) for one in self._non_units()} if self.args.non_unit_lr_scale == 0 else set()
+        frozen = {name for name, one in named_parameters(self.model).items() if id(one) in others}
+        self._set_frozen(frozen, True)
+        self._signals, saves = Signals(), self.args.save_strategy != SaveStrategy.NO
         try:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            with self._signals if saves else nullcontext():
+                return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        except pickle.UnpicklingError as error:  # torch refuses, with weights_only, all that is no tensor
+            raise UserError(
+                f"checkpoint {resume_from_checkpoint}: refused, for reading a file of it would run code; remove it, "
+                "and resume from an older one"
+            ) from error
         finally:
-            for parameter in frozen:
-                parameter.requires_grad_(True)
+            self._set_frozen(frozen, False)
+
+    def _set_frozen(self, names: set[str], frozen: bool) -> None:
+        """By name: sharding puts other parameters in the place of these."""
+        for name, parameter in named_parameters(self.model).items():
+            if name in names:
+                parameter.requires_grad_(not frozen)
+
+    @property
+    def batch(self) -> dict[str, int]:
+        """What the rows of an update step are the product of."""
+        return {
+            "processes": self.args.world_size,
+            "per_device_train_batch_size": self.args.per_device_train_batch_size,
+            "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
+        }
+
+    def check_order(self, before: Mapping[str, int]) -> None:
+        """
+        Whether a run that began with another [`batch`] goes on with the same rows in every update step.
+
+        Raises:
+            UserError: it does not.
+        """
+        now, rows = self.batch, math.prod(before.values())
+        if now == before:
+            return
+        begun, here = (" × ".join(f"{value} {name}" for name, value in one.items()) for one in (before, now))
+        if math.prod(now.values()) != rows:
+            raise UserError(
+                f"the run began with {rows} rows per update step ({begun}) and would go on with "
+                f"{math.prod(now.values())} ({here}), other data in every step: choose per_device_train_batch_size "
+                f"and gradient_accumulation_steps so that the product is {rows} again"
+            )
+        # Several processes fill up the last batch of an epoch, in a way that depends on all three.
+        processes, args = max(before["processes"], now["processes"]), self.args
+        if processes > 1:
+            length = len(self.train_dataset)
+            if length % rows and not 0 < args.max_steps * rows <= length:
+                raise UserError(
+                    f"the run began with {begun}; {here} would be other data at the end of every epoch, where the "
+                    f"{length} rows of domain '{self.domain}' do not fill {rows} rows per update step: go on as it "
+                    "began"
+                )
+
+    def _stops(self) -> bool:
+        """Whether a signal has come, to whichever process, while it is postponed."""
+        signals = self._signals
+        if signals.postponed and self.args.world_size > 1:
+            received = torch.tensor([signals.received or 0], device=self.args.device)
+            signals.received = int(self.accelerator.gather(received).max()) or None
+        return signals.postponed and signals.received is not None
 
     def importance_batches(self, epoch: int) -> Iterator[dict[str, torch.Tensor]]:
         """This process's share of `importance_samples` blocks, in batches on the device, with the order and masks of
         an `epoch` (negative: never trained on). Shows a progress bar."""
         blocks = self.train_dataset.at(epoch)
-        mine = range(self.args.process_index, min(self.args.importance_samples, len(blocks)), self.args.world_size)
+        count = blocks.available(self.args.importance_samples)
+        mine = range(self.args.process_index, count, self.args.world_size)
         size = self.args.importance_batch_size
         starts = range(0, len(mine), size)
         hidden = self.args.disable_tqdm or not self.is_world_process_zero()
@@ -343,6 +522,61 @@ class ContinualTrainer(Trainer):
             torch.manual_seed(addressed_seed(self.args.seed, self.domain, *address))
             yield
 
+    # ---- FSDP2: every process has a slice of each parameter -------------------------------------------------------
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether parameters are slices, or will be as soon as the model is prepared."""
+        return self.is_fsdp_enabled or is_sharded(self.model)
+
+    def _check_sharding(self) -> None:
+        if self.has_adapter:
+            raise UserError("fsdp: not tested with an adapter, whose few parameters plain DDP trains as well; use DDP")
+        if self.args.chunked_cross_entropy:
+            raise UserError("chunked_cross_entropy: under fsdp the head's weights are gone by then; leave it off")
+        if self.is_fsdp_enabled:
+            plugin = self.accelerator.state.fsdp_plugin
+            if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+                raise UserError("fsdp: cpu_offload is not supported, the masks' memory would have to move too")
+            if self.units is not None and plugin.transformer_cls_names_to_wrap is None:
+                # transformers' own list has RoBERTa's embeddings in it, which it ties to the LM head.
+                plugin.transformer_cls_names_to_wrap = sorted({type(layer).__name__ for layer in self.units.layers})
+
+    @contextmanager
+    def _ties_in_one_group(self) -> Iterator[None]:
+        """accelerate shards embeddings and LM head as a group of their own, which FSDP2 refuses where other modules
+        have a part in them, as in the LM heads of BERT and RoBERTa. Where it does not see them, they stay with the
+        rest of the model."""
+        hidden = []
+        if self.is_fsdp_enabled and self.units is not None and not is_sharded(self.model):
+            model = self.units.model
+            if tied_beyond(model, (model.get_input_embeddings(), model.get_output_embeddings())):
+                hidden = ["get_input_embeddings", "get_output_embeddings"]
+        for name in hidden:
+            setattr(model, name, lambda: None)
+        try:
+            yield
+        finally:
+            for name in hidden:
+                delattr(model, name)
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        was_sharded = self.is_fsdp_enabled and is_sharded(self.model)
+        with self._ties_in_one_group():
+            prepared = super()._prepare_for_training(*args, **kwargs)
+        if was_sharded:
+            # accelerate finds the optimizer's parameters anew by their memory, which empty slices have none of.
+            for group, parameters in zip(self.optimizer.param_groups, self._parameter_groups, strict=True):
+                group["params"] = parameters
+        return prepared
+
+    def _ready_to_measure(self) -> nn.Module:
+        """The model, sharded if that is how it will be trained: it may not fit into one process."""
+        if self.is_fsdp_enabled and not is_sharded(self.model):
+            with self._ties_in_one_group():
+                fsdp2_prepare_model(self.accelerator, self.model)
+        return self.model
+
     # ---- evaluation: exact sums over documents -------------------------------------------------------------------
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -351,12 +585,21 @@ class ContinualTrainer(Trainer):
         with self.private_randomness("evaluate"):
             return super().evaluate(eval_dataset, *args, **kwargs)
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """All of it: `dataloader_drop_last` is about training."""
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = drop_last
+
     def measure(self, held_out: Mapping[str, Any]) -> dict[str, HeldOut]:
         """The same as [`evaluate`] of data sets by domain, document by document."""
         with self.private_randomness("evaluate"):
+            model = self._ready_to_measure()
             return {
                 name: held_out_losses(
-                    self.model,
+                    model,
                     self.objective,
                     self.get_eval_dataloader(one),
                     self.accelerator,
@@ -375,7 +618,7 @@ class ContinualTrainer(Trainer):
     ) -> EvalLoopOutput:
         """Replaces the mean of batch means by sums over all predicted tokens of the documents."""
         result = held_out_losses(
-            self.model,
+            self._ready_to_measure(),
             self.objective,
             dataloader,
             self.accelerator,
@@ -393,15 +636,27 @@ class ContinualTrainer(Trainer):
         directory = Path(output_dir or self.args.output_dir)
         card = directory / "README.md"
         had_card = card.is_file()
-        super()._save(output_dir, state_dict)
-        if not self.args.should_save:
-            return
-        (directory / "training_args.bin").unlink(missing_ok=True)
-        if self.has_adapter and not had_card:
-            card.unlink()  # PEFT's draft
-        for method in self.methods:
+        if state_dict is None and is_sharded(self.model):
+            state_dict = whole_state_dict(self.model)
+        if self.args.should_save:
+            super()._save(output_dir, state_dict)
+            (directory / "training_args.bin").unlink(missing_ok=True)
+            if self.has_adapter and not had_card:
+                card.unlink()  # PEFT's draft
+        for method in self.methods:  # all processes: each may have a slice of what is saved
             method.save(directory)
-        write_json(directory / STATE_NAME, self.continual_state())
+        state = self.continual_state()
+        if self.args.should_save:
+            write_json(directory / STATE_NAME, state)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """A plain transformers directory with whole weights; under FSDP2 too, whatever the `state_dict_type`, with
+        one of which the Trainer would write no weights at all."""
+        if not self.is_fsdp_enabled:
+            return super().save_model(output_dir, _internal_call)
+        self._save(output_dir or self.args.output_dir)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def create_model_card(self, tags: str | list[str] | None = None, **kwargs: Any) -> None:
         """The Trainer's draft of a card, with the tags that the cards of a walk have."""
@@ -421,6 +676,7 @@ class ContinualTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """The Trainer's checkpoint, sealed by a manifest; older ones are removed only after that."""
+        self._check_weights()
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
@@ -429,8 +685,14 @@ class ContinualTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             run_directory = self._get_output_dir(trial)
-            seal(Path(run_directory) / f"checkpoint-{self.state.global_step}")
+            checkpoint = Path(run_directory) / f"checkpoint-{self.state.global_step}"
+            write_json(checkpoint / BATCH_NAME, self.batch)
+            if isinstance(self.train_dataset, TrainingStream):
+                position = self.state.global_step * math.prod(self.batch.values())
+                write_json(checkpoint / STREAM_NAME, self.train_dataset.state_dict(position))
+            seal(checkpoint)
             rotate_checkpoints(run_directory, limit, self.state.best_model_checkpoint, use_mtime=True)
+        self.accelerator.wait_for_everyone()  # where one process ends, launchers end the others, sealed or not
 
 
 class DASTrainer(ContinualTrainer):
@@ -464,8 +726,23 @@ class _Moments(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer._loss_parts_since = state.global_step
+        self.is_stopping = False
+        for method in self.trainer.methods:
+            method.take_slices()
         for method in self.trainer.methods:
             method.begin_domain()
+        self.trainer._signals.postponed = args.save_strategy != SaveStrategy.NO
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.trainer._stops():
+            self.is_stopping = control.should_save = True
+
+    on_evaluate = on_step_end  # it may have taken long
+
+    def on_save(self, args, state, control, **kwargs):
+        if self.is_stopping:
+            saved = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            raise Interrupted(self.trainer._signals.received, f"'{self.trainer.domain}' is saved as {saved}")
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         for method in self.trainer.methods:
@@ -476,10 +753,22 @@ class _Moments(TrainerCallback):
             method.after_step()
 
     def on_train_end(self, args, state, control, **kwargs):
+        self.trainer._signals.stop()  # what follows is done again
+        self.trainer._check_weights()
         for method in self.trainer.methods:
             method.finish_weights()
         for method in self.trainer.methods:
             method.end_domain()
+
+
+def _take_from_stream(args: DASConfig, stream: TrainingStream) -> None:
+    """Make of a stream the rows that training takes, one after the other."""
+    if args.max_steps <= 0:
+        raise UserError(f"max_steps: how long {stream.documents.where} is, is not known; say how many steps to train")
+    stream.length = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    # It is read where the checkpoints are written, which hold its place; tokenizers use threads of their own.
+    args.dataloader_num_workers, args.dataloader_prefetch_factor = 0, None
+    args.dataloader_persistent_workers = False
 
 
 def data_seed(args: DASConfig) -> int:
@@ -501,15 +790,24 @@ def _refuse(args: DASConfig) -> None:
             f"one process sees {args.n_gpu} GPUs and would wrap the model in DataParallel, which gates and masks do "
             "not survive: start it with `accelerate launch`, or show it one GPU with CUDA_VISIBLE_DEVICES=0"
         )
-    for name in ("deepspeed", "fsdp"):
-        if getattr(args, name):
-            raise UserError(f"{name}: not supported, masks would not reach the partitioned parameters; use plain DDP")
+    if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        version = (args.fsdp_plugin_args or {}).get("fsdp_version", os.environ.get("FSDP_VERSION", "1"))
+        if int(version) != 2:
+            raise UserError(
+                "fsdp: version 1 joins the parameters of many modules into one vector, in which masks find no unit; "
+                "write version 2: fsdp_version: 2 in accelerate's file (recipes/accelerate/fsdp2.yaml), or "
+                "fsdp_config: {version: 2}"
+            )
+        if args.parallel_mode != ParallelMode.DISTRIBUTED:
+            raise UserError("fsdp: there is one process, and nothing to share out; leave it off, or start several")
 
 
 def _checked_length(max_length: int, model: nn.Module, tokenizer: Any) -> int:
     known = len(model.get_input_embeddings().weight)
     if len(tokenizer) > known:
-        raise UserError(f"processing_class: the tokenizer has {len(tokenizer)} tokens, the model {known}; give its own")
+        raise UserError(
+            f"processing_class: the tokenizer has {len(tokenizer)} tokens, the model {known}; give its own"
+        )
     limit = longest_input(model, tokenizer)
     if max_length > limit:
         raise UserError(f"max_length: {max_length} is beyond what the model reads, {limit} tokens")

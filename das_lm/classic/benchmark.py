@@ -40,7 +40,7 @@ from das_lm.classic.report import SUMMARY_NAME, TABLE_NAME, Choice, Report
 from das_lm.classic.tasks import Experiment, Task, TrainingExamples, build_experiment
 from das_lm.config import DASConfig
 from das_lm.data.blocks import SCHEDULES
-from das_lm.errors import UserError, did_you_mean
+from das_lm.errors import NotFinite, UserError, did_you_mean
 from das_lm.evaluation.forgetting import FILE_NAME, Results
 from das_lm.files import write_json
 from das_lm.methods import METHODS, Method
@@ -81,6 +81,7 @@ ELSEWHERE = {
     "data_seed": "is set by --seeds",
     "num_train_epochs": "is set by --epochs",
     "max_steps": "is set by --epochs",
+    "hub_token": "is of no use, for nothing is pushed to the hub",
     **dict.fromkeys(
         ("eval_strategy", "save_strategy", "logging_strategy", "per_device_eval_batch_size", "report_to"),
         "is set by the benchmark, which evaluates after every epoch and writes no checkpoints",
@@ -152,7 +153,7 @@ class Run:
                     **self.options,
                 },
             )
-        except (ValueError, TypeError, OSError, ImportError) as error:
+        except Exception as error:  # whatever transformers makes of values that do not go together
             raise UserError(f"method '{self.method}': {' '.join(str(error).split())}") from error
 
 
@@ -237,6 +238,7 @@ def make_trainer(
 @contextmanager
 def _older_objects_left_alone() -> Iterator[None]:
     """The Trainer collects garbage whenever it starts: over all that is imported a fifth of the time of a run."""
+    gc.collect()  # what an earlier run left: frozen, it would stay for good
     gc.freeze()
     try:
         yield
@@ -260,7 +262,7 @@ def _stage(name: str, metrics: dict[str, float], experiment: Experiment, model: 
     scores = {task.name: {key: metrics[f"eval_{task.name}_{key}"] for key in keys} for task in experiment.tasks}
     broken = [task for task, score in scores.items() if not math.isfinite(score["loss"])]
     if broken:
-        raise UserError(f"the loss of '{broken[0]}' is {scores[broken[0]]['loss']} after '{name}'")
+        raise NotFinite(f"the loss of '{broken[0]}' is {scores[broken[0]]['loss']} after '{name}'")
     stage = {"name": name, "scores": scores}
     if line:
         with torch.no_grad():
@@ -513,9 +515,10 @@ def _choices_of(directory: Path, methods: Sequence[str], options: Mapping[str, A
     path = directory / SUMMARY_NAME
     try:
         chosen = {
-            name: entry["chosen"] for name, entry in json.loads(path.read_text(encoding="utf-8"))["methods"].items()
+            name: dict(entry["chosen"])
+            for name, entry in json.loads(path.read_text(encoding="utf-8"))["methods"].items()
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"chosen_from: {directory} holds no finished benchmark of das-lm classic") from None
     missing = [method for method in methods if method not in chosen]
     if missing:
@@ -611,7 +614,7 @@ def _open_output(output: Path, experiment: str, parameters: dict[str, Any]) -> N
         try:
             before = json.loads(summary.read_text(encoding="utf-8"))
             before = {key: before[key] for key in now}
-        except (ValueError, KeyError, TypeError, OSError) as error:
+        except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
             raise UserError(f"{summary} cannot be read: {error}; name another output_dir") from None
         if before != now:
             raise UserError(

@@ -13,7 +13,6 @@ import contextlib
 import json
 import math
 import os
-import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -29,7 +28,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from das_lm.data.blocks import addressed_seed
-from das_lm.errors import UserError, did_you_mean
+from das_lm.errors import NotFinite, UserError, did_you_mean
 from das_lm.files import write_json, write_text
 
 if TYPE_CHECKING:
@@ -436,14 +435,17 @@ class _Ledger:
     def __init__(self, path: Path):
         self.path, self.entries = path, {}
         if path.is_file():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            try:
+                lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            except (OSError, UnicodeDecodeError) as error:
+                raise UserError(f"{path} cannot be read: {error}; start again with --overwrite_output_dir") from None
             whole = []
             for number, line in enumerate(lines, 1):
                 try:
                     entry = json.loads(line)
                     _ = entry["measure"]  # or the line is none
                     self.entries[entry["trial"], entry["lambda"]] = entry
-                except (ValueError, KeyError, TypeError) as error:
+                except (ValueError, KeyError, TypeError, RecursionError) as error:
                     if number < len(lines):
                         raise UserError(f"{path}:{number}: cannot be read: {error}; remove this line") from None
                     continue  # the last one: what wrote it was killed
@@ -747,7 +749,7 @@ def _open_output(output: Path, settings: dict[str, Any], resume: bool, overwrite
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
             pairs = [(kind, key) for kind in settings for key in {**before[kind], **settings[kind]}]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{path} cannot be read: {error}; start again with --overwrite_output_dir") from None
         for kind, key in pairs:
             old, new = before[kind].get(key), settings[kind].get(key)
@@ -897,8 +899,8 @@ class _ExperimentTrial:
 
 
 def _diverged(error: UserError) -> dict[str, Any]:
-    """What a run gives whose loss is no number; other errors go on."""
-    if not re.search(r"loss of .* is (nan|-?inf)", str(error)):
+    """What a run gives that came to NaN or infinity; other errors go on."""
+    if not isinstance(error, NotFinite):
         raise error
     return {"measure": None}
 

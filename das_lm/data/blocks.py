@@ -141,6 +141,10 @@ class TrainingRows(Dataset):
     def __len__(self) -> int:
         return sum(len(rows) for rows in self.domains.values())
 
+    def available(self, count: int) -> int:
+        """How many of the first `count` rows of an epoch there are."""
+        return min(count, len(self))
+
     def __getitem__(self, position: int) -> dict[str, Any]:
         epoch = self._epoch.item()
         replayed = self._replayed(epoch)

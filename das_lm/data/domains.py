@@ -12,12 +12,23 @@ import numpy as np
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator
 from pydantic.dataclasses import dataclass
 
-from das_lm.data.readers import missing_column, not_text, read_files, row_features, rows_of_column, text_of, to_row
+from das_lm.data.readers import (
+    missing_column,
+    not_text,
+    read_files,
+    row_features,
+    rows_of_column,
+    stream_files,
+    text_of,
+    to_row,
+)
 from das_lm.errors import UserError, did_you_mean
 from das_lm.plain_words import in_plain_words
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
+
+    from das_lm.data.streaming import DocumentStream
 
 #: A share that is split off, and a split of a hub data set, give at most this many held-out documents.
 MAX_HELD_OUT = 1000
@@ -33,14 +44,22 @@ class Documents:
     machine) and `text`.
 
     Attributes:
-        train: What is trained on; `None` for a domain that is only measured.
+        train: What is trained on; `None` for a domain that is only measured; of a domain that is streamed, what reads
+            it.
         held_out: What the domain is measured on; no document of it stands in `train`, and none stands in it twice.
         warnings: What was left out or looks odd, with counts; one sentence each.
     """
 
-    train: Dataset | None
+    train: Dataset | DocumentStream | None
     held_out: Dataset
     warnings: list[str]
+
+    @property
+    def has_length(self) -> bool:
+        """Whether there is training text that was read, rather than none or a stream."""
+        from datasets import Dataset
+
+        return isinstance(self.train, Dataset)
 
 
 @in_plain_words
@@ -58,12 +77,15 @@ class Domain:
         config: Configuration of the hub data set.
         split: Split of the hub data set.
         revision: Commit, tag or branch of the hub data set.
-        streaming: Read the hub data set without downloading the whole of it; needs `max_documents`.
+        streaming: Read files or the hub data set while training on it: nothing is read before, or kept on disk or in
+            memory, but the documents that are split off and `shuffle_buffer` blocks. See `data/streaming.py`.
+        shuffle_buffer: Blocks of a stream that are shuffled among one another.
         column: Column (of a JSON line: key) that holds the text.
         held_out: The share of the documents that is split off and never trained on (at most 1,000 documents, chosen
             by the hash of their text: the same on every machine and for every order of the files); or paths as in
             `data`; or `"split:NAME"` of the hub data set (its first 1,000 documents). Built-in data has its own
-            held-out text, and a share means that.
+            held-out text, and a share means that. Of a stream, the share is split off from as many documents at its
+            beginning as it takes to find 1,000.
         min_characters: Shorter documents are left out.
         max_documents: Read this many documents of `data` at most.
         add_tokens: Before the domain is learned, so many of its words that the tokenizer cuts into pieces become
@@ -80,10 +102,11 @@ class Domain:
     split: str = "train"
     revision: str | None = None
     streaming: bool = False
+    shuffle_buffer: int = Field(default=10_000, ge=1)
     column: str = "text"
     held_out: float | str | list[str] = 0.1
     min_characters: int = 20
-    max_documents: int | None = Field(default=None, validate_default=True)
+    max_documents: int | None = None
     add_tokens: int = Field(default=0, ge=0)
     training: dict[str, Any] = Field(default_factory=dict)
 
@@ -118,7 +141,14 @@ class Domain:
             raise ValueError("names no data set; write 'hub:organisation/name'")
         return data
 
-    @field_validator("config", "split", "revision", "streaming")
+    @field_validator("streaming")
+    @classmethod
+    def _check_streaming(cls, streaming: bool, info: ValidationInfo) -> bool:
+        if streaming and data_kind(info.data.get("data", "hub:")) == "built-in":
+            raise ValueError("is for files and hub data sets; the built-in text is small, leave it out")
+        return streaming
+
+    @field_validator("config", "split", "revision")
     @classmethod
     def _check_hub_only(cls, value: Any, info: ValidationInfo) -> Any:
         if value and value != "train" and data_kind(info.data.get("data", "hub:")) != "hub":
@@ -155,11 +185,16 @@ class Domain:
 
     @field_validator("max_documents")
     @classmethod
-    def _check_max_documents(cls, value: int | None, info: ValidationInfo) -> int | None:
-        if value is None and info.data.get("streaming"):
-            raise ValueError("is missing; with streaming it says where to stop reading, for example 100000")
+    def _check_max_documents(cls, value: int | None) -> int | None:
         if value is not None and value < 1:
             raise ValueError(f"{value} must be at least 1")
+        return value
+
+    @field_validator("add_tokens")
+    @classmethod
+    def _check_add_tokens(cls, value: int, info: ValidationInfo) -> int:
+        if value and info.data.get("streaming"):
+            raise ValueError("takes words of the whole text, which a stream does not read before; leave streaming out")
         return value
 
     def load(self, measure_only: bool = False) -> Documents:
@@ -187,6 +222,8 @@ class Domain:
             if measure_only:
                 return Documents(None, held_out, warnings)
 
+        if self.streaming:
+            return self._load_stream(held_out, measure_only, warnings)
         documents = self._usable(self._read(self.data, self.split, self.max_documents), "", warnings)
         ids = np.array(documents["id"])
         first = _first_of_each(ids)
@@ -216,6 +253,53 @@ class Domain:
             warnings.append(self._count(repeated, "of the training text repeated word for word; kept"))
         return Documents(documents.select(kept), held_out, warnings)
 
+    def _load_stream(self, held_out: Dataset | None, measure_only: bool, warnings: list[str]) -> Documents:
+        """The documents as a stream. What is held out is read from its beginning: the first `MAX_HELD_OUT` whose hash
+        falls below the share, or, to measure only, any."""
+        from datasets import Dataset
+
+        from das_lm.data.streaming import DocumentStream
+
+        where = f"domain '{self.name}'"
+        if data_kind(self.data) == "hub":
+            where = f"{where}: hub data set '{self.data.removeprefix('hub:')}'"
+            source = self._open_hub(self.data.removeprefix("hub:"), self.split)
+        else:
+            source = stream_files([self.data] if isinstance(self.data, str) else self.data, self.column, self.name)
+        if self.max_documents:
+            source = source.take(self.max_documents)
+        documents = DocumentStream(source, self.column, where, self.min_characters)
+        if next(iter(documents), None) is None:
+            raise UserError(
+                f"{where}: there is no document of min_characters ({self.min_characters}) or more. Is "
+                f"'{self.column}' the column that holds the text?"
+            )
+        if held_out is None:
+            limit = self.max_documents if measure_only and self.max_documents else MAX_HELD_OUT
+            found: dict[str, dict[str, Any]] = {}
+            for row in documents:
+                if measure_only or int(row["id"], 16) < self.held_out * 2**64:
+                    found[row["id"]] = row
+                if len(found) == limit:
+                    break
+            if not found:  # in a stream of a few documents
+                row = min(documents, key=lambda row: row["id"])
+                found[row["id"]] = row
+            held_out = Dataset.from_list(list(found.values())).select_columns(["id", "text"])
+        if measure_only:
+            return Documents(None, held_out, warnings)
+        documents = DocumentStream(source, self.column, where, self.min_characters, held_out["id"])
+        if next(iter(documents), None) is None:
+            raise UserError(
+                f"{where}: nothing is left to train on, since every document is also held out; give held_out other "
+                "documents, or a smaller share"
+            )
+        warnings.append(
+            f"domain '{self.name}' is streamed: held-out documents are left out of its training text, but what "
+            "else is left out or repeated is not counted, and no passage of it is compared with measured text"
+        )
+        return Documents(documents, held_out, warnings)
+
     def _read(self, data: str | list[str], split: str, limit: int | None) -> Dataset:
         """All rows of a source, with the columns of [`to_row`]."""
         kind = data_kind(data)
@@ -231,22 +315,34 @@ class Domain:
         documents = embedded.documents(data.partition(":")[2] or self.name, split)
         return Dataset.from_list([to_row(document["text"]) for document in documents[:limit]])
 
+    def _open_hub(self, source: str, split: str) -> Dataset | IterableDataset:
+        import datasets
+
+        try:
+            return datasets.load_dataset(
+                source, self.config, split=split, revision=self.revision, streaming=self.streaming
+            )
+        except Exception as error:  # whatever the library and the network raise
+            raise self._not_loaded(source, split, error) from error
+
+    def _not_loaded(self, source: str, split: str, error: Exception) -> UserError:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        return UserError(
+            f"domain '{self.name}': hub data set '{source}', split '{split}', could not be loaded: {reason}. Check "
+            "its name, config, split and revision and the network; it must hold plain data (Parquet, JSON, CSV, "
+            "text), no loading script"
+        )
+
     def _read_hub(self, source: str, split: str, limit: int | None) -> Dataset:
         import datasets
 
         where = f"domain '{self.name}': hub data set '{source}'"
-        try:
-            rows = datasets.load_dataset(
-                source, self.config, split=split, revision=self.revision, streaming=self.streaming
-            )
-            if self.streaming:
+        rows = self._open_hub(source, split)
+        if self.streaming:
+            try:
                 rows = list(itertools.islice(rows, limit))
-        except Exception as error:  # whatever the library and the network raise
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(
-                f"{where}, split '{split}', could not be loaded: {reason}. Check its name, config, split and revision "
-                "and the network; it must hold plain data (Parquet, JSON, CSV, text), no loading script"
-            ) from error
+            except Exception as error:
+                raise self._not_loaded(source, split, error) from error
         if not len(rows):
             raise UserError(f"{where}, split '{split}', is empty")
         columns = list(rows[0])

@@ -190,7 +190,7 @@ def warn_of_leakage(text: Mapping[str, Documents], n: int = N) -> None:
 
 def find_leakage(text: Mapping[str, Documents], n: int = N, repeated: bool = False, progress: bool = False) -> Leakage:
     """
-    Compare the training text of all domains that have one with the held-out text of all.
+    Compare the training text of all domains that have one, and do not stream it, with the held-out text of all.
 
     Args:
         text: the text of all domains by name.
@@ -199,7 +199,7 @@ def find_leakage(text: Mapping[str, Documents], n: int = N, repeated: bool = Fal
         progress: show a progress bar.
     """
     vocabulary: dict[str, int] = defaultdict(lambda: len(vocabulary), {"": 0})
-    learned = {name: documents.train for name, documents in text.items() if documents.train is not None}
+    learned = {name: documents.train for name, documents in text.items() if documents.has_length}
     held_out = {name: _Words.of(documents.held_out, vocabulary, n) for name, documents in text.items()}
     leakage = Leakage(n, [], [])
     for name in track(learned, "Comparing", transient=True, disable=not progress):
@@ -294,6 +294,8 @@ class _Words:
         """
         places = np.full(len(self.ngrams.begin), -1)
         for length in np.unique(self.ngrams.length):
+            if length > len(train.ids):
+                break
             mine = np.flatnonzero(self.ngrams.length == length)
             begin = self.ngrams.begin[mine]
             wanted, which = np.unique(_hashes(codes[self.ids], length)[begin], return_inverse=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +20,8 @@ MIN_TOKENS_OF_LAST_BLOCK = 8
 
 BLOCKS_PER_CHUNK = 65_536
 
+NO_TOKEN = "the tokenizer makes no token of the training text; is it the tokenizer of this model?"
+
 
 def pack(
     documents: Dataset, tokenizer: PreTrainedTokenizerFast, max_length: int, num_proc: int | None = None
@@ -27,8 +30,8 @@ def pack(
 
     A block is the tokenizer's leading special tokens, text, and its trailing special tokens. All are `max_length`
     tokens long except the last, which is dropped where it holds fewer than 8 tokens of text and is not the only one.
-    The separator is the tokenizer's `sep_token`, else its `eos_token`, else nothing. All tokens are held in memory, at
-    four bytes each.
+    The separator is the tokenizer's `sep_token`, else its `eos_token`, else nothing. All blocks are held in memory, at
+    four bytes a token; a stream (see `streaming`) holds a few of them.
 
     Args:
         documents: With the column `text`. Where they are on disk, `datasets` caches their tokens.
@@ -44,10 +47,10 @@ def pack(
     import datasets
 
     prefix, suffix = special_tokens(tokenizer)
-    room = _room(max_length, prefix, suffix)
+    room = text_room(max_length, prefix, suffix)
     separator = separator_of(tokenizer)
     tokens = documents.map(
-        _tokenize,
+        tokenize,
         batched=True,
         remove_columns=documents.column_names,
         features=_features("input_ids"),
@@ -55,24 +58,43 @@ def pack(
         num_proc=num_proc,
         desc="Tokenizing",
     )
-    parts = [
+    batches = (
         batch["input_ids"].combine_chunks().flatten().to_numpy()
-        for batch in tokens.with_format("arrow").iter(batch_size=10_000)
-    ]
-    stream = np.concatenate([np.empty(0, np.int32), *parts])
-    if separator is not None:
-        stream = stream[:-1]  # it joins documents: none follows the last
-    if not len(stream):
-        raise UserError("the tokenizer makes no token of the training text; is it the tokenizer of this model?")
-
-    full, rest = divmod(len(stream), room)
+        for batch in tokens.with_format("arrow").iter(batch_size=1_000)
+    )
     chunks = []
-    for start in range(0, full, BLOCKS_PER_CHUNK):
-        end = min(start + BLOCKS_PER_CHUNK, full)
-        chunks.append(_blocks(stream[start * room : end * room].reshape(-1, room), prefix, suffix))
-    if rest >= MIN_TOKENS_OF_LAST_BLOCK or not full:
-        chunks.append(_blocks(stream[None, full * room :], prefix, suffix))
+    for text in cut(batches, room, separator):
+        for start in range(0, len(text), BLOCKS_PER_CHUNK):
+            part = text[start : start + BLOCKS_PER_CHUNK]
+            chunks.append(_data_set(with_special_tokens(part, prefix, suffix)))
+    if not chunks:
+        raise UserError(NO_TOKEN)
     return datasets.concatenate_datasets(chunks)
+
+
+def cut(tokens: Iterable[np.ndarray], room: int, separator: int | None, began: bool = False) -> Iterator[np.ndarray]:
+    """Cut the tokens of documents, which come piece by piece, into the text of blocks.
+
+    Args:
+        tokens: int32 [tokens]; a separator after each document, if there is one.
+        room: Tokens of text per block.
+        began: Blocks were cut before these tokens, so that a short last one is not the only one.
+
+    Yields:
+        Blocks as soon as they are full, [blocks, room]; at last, if it is kept, [1, rest].
+    """
+    held_back = 0 if separator is None else 1  # a separator joins documents: none follows the last
+    left = np.empty(0, np.int32)
+    for piece in tokens:
+        left = np.concatenate([left, piece])
+        full = max(0, len(left) - held_back) // room
+        if full:
+            began = True
+            yield left[: full * room].reshape(full, room)
+            left = left[full * room :]
+    rest = max(0, len(left) - held_back)
+    if rest >= MIN_TOKENS_OF_LAST_BLOCK or (rest and not began):
+        yield left[None, :rest]
 
 
 def windows(documents: Dataset, tokenizer: PreTrainedTokenizerFast, max_length: int) -> Dataset:
@@ -103,7 +125,7 @@ def windows(documents: Dataset, tokenizer: PreTrainedTokenizerFast, max_length: 
             "tokenizer": tokenizer,
             "prefix": prefix,
             "suffix": suffix,
-            "room": _room(max_length, prefix, suffix),
+            "room": text_room(max_length, prefix, suffix),
         },
         desc="Tokenizing held-out text",
     )
@@ -146,7 +168,7 @@ def longest_input(model: nn.Module, tokenizer: PreTrainedTokenizerFast) -> float
     return min(positions, tokenizer.model_max_length)
 
 
-def _room(max_length: int, prefix: list[int], suffix: list[int]) -> int:
+def text_room(max_length: int, prefix: list[int], suffix: list[int]) -> int:
     """Tokens of text per block or window."""
     room = max_length - len(prefix) - len(suffix)
     if room < 1:
@@ -162,7 +184,7 @@ def _features(*columns: str) -> Features:
     )
 
 
-def _tokenize(batch: dict[str, list], tokenizer: PreTrainedTokenizerFast, separator: int | None) -> dict[str, list]:
+def tokenize(batch: dict[str, list], tokenizer: PreTrainedTokenizerFast, separator: int | None) -> dict[str, list]:
     """Token ids of each document, a separator after each that has any."""
     ids = tokenizer(
         batch["text"],
@@ -175,15 +197,19 @@ def _tokenize(batch: dict[str, list], tokenizer: PreTrainedTokenizerFast, separa
     return {"input_ids": [document + end if document else document for document in ids]}
 
 
-def _blocks(content: np.ndarray, prefix: list[int], suffix: list[int]) -> Dataset:
-    """Blocks of equal length from their text, shape [blocks, tokens]."""
+def with_special_tokens(text: np.ndarray, prefix: list[int], suffix: list[int]) -> np.ndarray:
+    """Blocks from their text: int32 [blocks, tokens]."""
+    head = np.broadcast_to(np.array(prefix, np.int32), (len(text), len(prefix)))
+    tail = np.broadcast_to(np.array(suffix, np.int32), (len(text), len(suffix)))
+    return np.concatenate([head, text, tail], axis=1)
+
+
+def _data_set(blocks: np.ndarray) -> Dataset:
+    """Blocks, int32 [blocks, tokens], as a data set."""
     import pyarrow
     from datasets import Dataset
     from datasets.table import InMemoryTable
 
-    head = np.broadcast_to(np.array(prefix, np.int32), (len(content), len(prefix)))
-    tail = np.broadcast_to(np.array(suffix, np.int32), (len(content), len(suffix)))
-    blocks = np.concatenate([head, content, tail], axis=1)
     offsets = np.arange(len(blocks) + 1, dtype=np.int32) * blocks.shape[1]
     column = pyarrow.ListArray.from_arrays(offsets, blocks.ravel())
     return Dataset(InMemoryTable(pyarrow.table({"input_ids": column})))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import functools
 import glob
 import gzip
 import hashlib
@@ -20,7 +21,7 @@ from das_lm.errors import UserError, did_you_mean
 from das_lm.plain_words import describe_value
 
 if TYPE_CHECKING:
-    from datasets import Dataset, Features
+    from datasets import Dataset, Features, IterableDataset
 
 
 def to_row(text: str | None) -> dict[str, Any]:
@@ -67,7 +68,9 @@ def missing_column(where: str, column: str, columns: list[str]) -> str:
     """The message for a column that is not there, with those that are."""
     near = did_you_mean(column, columns) if len(columns) > 1 else ""
     near = near if near.startswith(" Did") else ""
-    return f"{where}: no column '{column}'; there is {', '.join(map(str, columns))}.{near} Set `column`"
+    there_are = ", ".join(map(str, columns))
+    there_are = there_are if len(there_are) <= 1_000 else f"{there_are[:1_000]} …"
+    return f"{where}: no column '{column}'; there is {there_are}.{near} Set `column`"
 
 
 # Files
@@ -78,7 +81,7 @@ def read_files(patterns: list[str], column: str, limit: int | None, name: str) -
     import datasets
 
     files = []
-    for path in itertools.chain.from_iterable(_matches(pattern, name) for pattern in patterns):
+    for path in _files(patterns, name):
         status = os.stat(path)
         files.append((path, status.st_size, status.st_mtime_ns))
     try:
@@ -86,7 +89,7 @@ def read_files(patterns: list[str], column: str, limit: int | None, name: str) -
             _rows_of_files,
             features=row_features(),
             gen_kwargs={
-                "files": tuple(dict.fromkeys(files)),
+                "files": tuple(files),
                 "column": column,
                 "limit": limit,
                 "code": Path(__file__).read_bytes(),
@@ -94,6 +97,27 @@ def read_files(patterns: list[str], column: str, limit: int | None, name: str) -
         )
     except datasets.exceptions.DatasetGenerationError as error:
         raise error.__cause__ or error from None
+
+
+def stream_files(patterns: list[str], column: str, name: str) -> IterableDataset:
+    """The documents of all files in the column `text`, file after file, read when they are asked for."""
+    import datasets
+
+    # Each file of the list is a shard, which a resumed run begins with where it stopped in it.
+    return datasets.IterableDataset.from_generator(
+        _texts_of_files, gen_kwargs={"files": _files(patterns, name), "column": column}
+    )
+
+
+def _texts_of_files(files: list[str], column: str) -> Iterator[dict[str, Any]]:
+    for path in files:
+        for text in _documents(path, column):
+            yield {"text": text}
+
+
+def _files(patterns: list[str], name: str) -> list[str]:
+    """The files of all patterns, each once."""
+    return list(dict.fromkeys(itertools.chain.from_iterable(_matches(pattern, name) for pattern in patterns)))
 
 
 def _matches(pattern: str, name: str) -> list[str]:
@@ -131,16 +155,17 @@ def _rows_of_files(
 ) -> Iterator[dict[str, Any]]:
     """All that the rows depend on are arguments, for they make the key of the cache: `code` is this module's."""
 
-    def rows():
-        for path, *_ in files:
-            row = None
-            for text in READERS[_suffix(path)](path, column):
-                row = to_row(text)
-                yield row
-            if row is None:
-                raise UserError(f"{path}: the file is empty; remove it from the list or fill it")
+    texts = itertools.chain.from_iterable(_documents(path, column) for path, *_ in files)
+    yield from map(to_row, itertools.islice(texts, limit))
 
-    yield from itertools.islice(rows(), limit)
+
+def _documents(path: str, column: str) -> Iterator[str | None]:
+    is_empty = True
+    for text in READERS[_suffix(path)](path, column):
+        is_empty = False
+        yield text
+    if is_empty:
+        raise UserError(f"{path}: the file is empty; remove it from the list or fill it")
 
 
 def _lines(path: str) -> Iterator[tuple[int, str]]:
@@ -172,15 +197,8 @@ def _lines(path: str) -> Iterator[tuple[int, str]]:
 
 def _read_text(path: str, column: str) -> Iterator[str]:
     """Documents separated by blank lines; a file without a blank line between two others has one per line."""
-    text = blank = separated = False
-    for _, line in _lines(path):
-        if not line.strip():
-            blank = text
-        elif blank:
-            separated = True
-            break
-        else:
-            text = True
+    status = os.stat(path)
+    separated = _has_blank_lines(path, status.st_size, status.st_mtime_ns)
     document: list[str] = []
     for _, line in _lines(path):
         line = line.rstrip("\r\n")
@@ -191,6 +209,20 @@ def _read_text(path: str, column: str) -> Iterator[str]:
             document = []
     if document:
         yield "\n".join(document)
+
+
+@functools.lru_cache
+def _has_blank_lines(path: str, size: int, changed: int) -> bool:
+    """Whether a blank line stands between two others; kept, for a stream opens its files again and again."""
+    text = blank = False
+    for _, line in _lines(path):
+        if not line.strip():
+            blank = text
+        elif blank:
+            return True
+        else:
+            text = True
+    return False
 
 
 def _read_json_lines(path: str, column: str) -> Iterator[str | None]:
@@ -236,7 +268,7 @@ def _read_parquet(path: str, column: str) -> Iterator[str | None]:
             kind = schema.field(column).type
             if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
                 raise UserError(not_text(path, column, kind))
-            for batch in file.iter_batches(columns=[column]):
+            for batch in file.iter_batches(1_000, columns=[column]):
                 yield from batch.column(0).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path}: not a readable Parquet file ({error})") from error

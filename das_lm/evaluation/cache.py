@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ import torch
 
 from das_lm.evaluation.held_out import HeldOut
 from das_lm.files import write_tensors
+from das_lm.units.sharding import WRAPPER, full
 
 if TYPE_CHECKING:
     from torch import nn
@@ -21,6 +23,10 @@ DIRECTORY = "measured"
 
 def fingerprint(*parts: Any) -> str:
     """A short name that is a pure function of arrays, tensors, text and numbers."""
+    return _digest(parts)
+
+
+def _digest(parts: Iterable[Any]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
         if isinstance(part, torch.Tensor):
@@ -33,9 +39,11 @@ def fingerprint(*parts: Any) -> str:
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """What a model is: its architecture and every weight, wherever it was loaded from."""
-    parts = [part for name, tensor in sorted(model.state_dict().items()) for part in (name, tensor)]
-    return fingerprint(type(model).__name__, *parts)
+    """What a model is: its architecture and every weight, wherever it was loaded from. All processes have to ask for
+    that of a sharded one, whose weights are made whole one at a time."""
+    weights = sorted((name.replace(WRAPPER, ""), tensor) for name, tensor in model.state_dict().items())
+    parts = (part for name, tensor in weights for part in (name, full(tensor)))
+    return _digest(chain([type(model).__name__.removeprefix("FSDP")], parts))
 
 
 class Cache:

@@ -71,7 +71,15 @@ class Run:
             UserError: it is broken, or does not say how the run came about.
         """
         results = Results.load(directory)
+        try:
+            return cls._of(directory, results)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise UserError(f"{directory / FILE_NAME} is not as das-lm writes it ({error!r})") from None
+
+    @classmethod
+    def _of(cls, directory: Path, results: Results) -> Run:
         run = results.run
+        _ = [int(score["documents"]) for stage in results.stages for score in stage["scores"].values()]
         if "recipe" in run:
             recipe = run["recipe"]
             training = recipe.get("training", {})

@@ -221,7 +221,7 @@ class Results:
         Read `forgetting.json`.
 
         Raises:
-            UserError: it is broken, or of a newer version.
+            UserError: it is broken, not as [`save`] writes it, or of a newer version.
         """
         path = directory / FILE_NAME
         try:
@@ -229,9 +229,19 @@ class Results:
             if data["version"] > FORMAT_VERSION:
                 raise UserError(f"{path} has version {data['version']}; this release reads {FORMAT_VERSION}")
             given = {field.name: data[field.name] for field in fields(cls) if field.name in data}
-            return cls(**{"stages": data["stages"], "run": data["run"], **given})
-        except (ValueError, KeyError, TypeError, OSError) as error:
+            results = cls(**{"stages": data["stages"], "run": data["run"], **given})
+        except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
             raise UserError(f"{path} cannot be read: {error}") from None
+        try:
+            kinds = {"domains": dict, "stages": list, "run": dict, "unit": str, "intervals": dict}
+            wrong = [name for name, kind in kinds.items() if not isinstance(getattr(results, name), kind)]
+            if wrong:
+                raise ValueError(f"{wrong[0]}: is no {kinds[wrong[0]].__name__}")
+            if results.stages:  # all that is asked of them
+                _ = results.tables(), results.integrated_loss()
+        except (KeyError, TypeError, IndexError, ValueError, AttributeError, StopIteration) as error:
+            raise UserError(f"{path} is not as das-lm writes it ({error!r})") from None
+        return results
 
     # ---- for people --------------------------------------------------------------------------------------------
 

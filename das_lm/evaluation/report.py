@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
@@ -100,8 +102,18 @@ def write_report(runs: Sequence[Path | str], output: Path | str | None = None, t
     title = title or f"das-lm: {next(iter(labels.values())) if len(places) == 1 else f'{len(places)} runs'}"
     page, figures = Path(output) / PAGE_NAME, Path(output) / FIGURES_NAME
     try:
-        figures.mkdir(parents=True, exist_ok=True)
-        write_text(page, _render(title, list(_sections(places, labels, figures))))
+        with TemporaryDirectory() as scratch:
+            text = _render(title, list(_sections(places, labels, Path(scratch))))
+            page.parent.mkdir(parents=True, exist_ok=True)
+            write_text(page, text)
+            figures.mkdir(exist_ok=True)
+            for drawn in sorted(Path(scratch).iterdir()):
+                partial = figures / f".{drawn.name}.{os.getpid()}"
+                shutil.move(drawn, partial)
+                os.replace(partial, figures / drawn.name)
+    except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:  # a page shows what stands in files
+        names = ", ".join(map(str, places))
+        raise UserError(f"{names}: cannot be shown ({type(error).__name__}: {error})") from error
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"output_dir: cannot write to {output}: {reason}; name another with --output_dir") from None
@@ -196,11 +208,7 @@ def _load(path: Path) -> Results:
         UserError: the file is broken, or nothing was measured yet.
     """
     results = Results.load(path)
-    try:
-        summary = results.summary()
-    except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: its forgetting.json is not as das-lm writes it ({error!r})") from None
-    if not results.stages or not summary:
+    if not results.stages or not results.summary():
         raise UserError(f"{path}: nothing was measured yet; there is nothing to report")
     return results
 
@@ -460,7 +468,7 @@ def _load_benchmark(path: Path) -> Report:
         choices = {method: Choice(one["tried"], one["chosen"]) for method, one in data["methods"].items()}
         about = {key: data[key] for key in ("experiment", "description", "measure", "seeds")}
         return Report(**about, results=results, choices=choices, run=data)
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         raise UserError(f"{file} cannot be read: {error!r}") from None
 
 

@@ -26,6 +26,8 @@ class AGEM(Replay):
     backward pass more per step.
     """
 
+    works_sharded = False
+
     def begin_domain(self) -> None:
         """The memory is not trained on."""
 

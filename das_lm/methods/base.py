@@ -13,9 +13,13 @@ from torch import nn
 
 from das_lm.errors import UserError
 from das_lm.files import write_tensors
+from das_lm.units.sharding import is_sharded, local, named_parameters, own_slice, whole
 
 if TYPE_CHECKING:
     from das_lm.trainer import ContinualTrainer
+
+
+Tensors = dict[str, torch.Tensor]  # name of a parameter -> tensor of its shape
 
 
 class Method:
@@ -31,7 +35,13 @@ class Method:
     Of several methods, all have had one moment before any has the next. What a method keeps travels in checkpoints, by
     [`state_dict`] and [`load_state_dict`]. One object may serve one domain after another, each with a trainer of its
     own; made by name, a method finds its state beside the weights that the model was loaded from.
+
+    Under FSDP2 every process has a slice of each parameter: [`values`] and [`gradients`] are plain tensors of it, and
+    what is listed in `kept` is of the same slice; in files all is whole.
     """
+
+    #: Attributes that map the names of parameters to tensors of their shape, and make up the state.
+    kept: tuple[str, ...] = ()
 
     #: Consolidates when a domain ends, so that domains must come one after the other.
     needs_domain_ends = False
@@ -39,6 +49,10 @@ class Method:
     needs_earlier_domains = False
     #: Whether it can train a LoRA adapter. What remembers single parameters cannot: the next domain has others.
     works_with_adapters = True
+    #: Whether it can train a model whose parameters FSDP2 has sharded.
+    works_sharded = True
+
+    _in_slices = False  # whether what is kept is slices, or whole, as it was in a file
 
     def attach(self, trainer: ContinualTrainer) -> None:
         """The trainer is made. Raises `UserError` for arguments or a model that the method cannot work with."""
@@ -55,7 +69,24 @@ class Method:
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The trainable parameters by name; those that several modules share once."""
-        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        return {name: one for name, one in named_parameters(self.model).items() if one.requires_grad}
+
+    def values(self) -> Tensors:
+        """The same as plain tensors without a history: this process's slices. To write to them is to write to the
+        parameters."""
+        return {name: local(parameter.detach()) for name, parameter in self.parameters().items()}
+
+    def gradients(self) -> Tensors:
+        """The gradients of those that have one, likewise."""
+        return {name: local(one.grad) for name, one in self.parameters().items() if one.grad is not None}
+
+    def take_slices(self) -> None:
+        """The model is where it will be trained: of what is kept, this process needs its slices, and there."""
+        if is_sharded(self.model) and not self._in_slices:
+            parameters, self._in_slices = self.parameters(), True
+            for kind in self.kept:
+                for name, tensor in getattr(self, kind).items():  # a copy each, so that the whole can go
+                    getattr(self, kind)[name] = own_slice(tensor, parameters[name]).to(parameters[name].device).clone()
 
     def beside(self, file_name: str) -> Path | None:
         """A file beside the weights that the model was loaded from, if it was loaded and there is one."""
@@ -129,20 +160,31 @@ class Method:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """What has to survive an interruption, or the end of the domain; nothing is written if it is empty."""
-        return {}
+        return {f"{kind}.{name}": tensor for kind in self.kept for name, tensor in getattr(self, kind).items()}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """
-        Take back what [`state_dict`] gave.
+        Take back what [`state_dict`] gave, whole.
 
         Raises:
             UserError: it is of another model.
         """
+        self._in_slices = False
+        for kind in self.kept:
+            setattr(self, kind, taken(state, kind, self.parameters(), self.file_name))
 
     def save(self, directory: Path) -> None:
-        """Write the method's state into a checkpoint."""
+        """Write the method's state into a checkpoint. All processes take part, to make tensors whole; the main one
+        writes."""
         state = self.state_dict()
-        if state:
+        if self._in_slices:
+            parameters, writes = self.parameters(), self.args.should_save
+            for name, tensor in state.items():  # one at a time
+                kind, _, parameter = name.partition(".")
+                if kind in self.kept:
+                    tensor = whole(tensor, parameters[parameter])
+                    state[name] = tensor.cpu() if writes else tensor.new_empty(0)
+        if state and self.args.should_save:
             write_tensors(directory / self.file_name, state, {"format": "das_lm.method", "version": "1"})
 
     def load(self, directory: Path) -> None:
@@ -154,11 +196,19 @@ class Method:
         """
         path = directory / self.file_name
         if path.is_file():
+            # Several processes on CPUs have a "cpu:0", which safetensors does not know.
+            on_cpu = self.trainer.is_sharded or self.args.device.type == "cpu"
             try:
-                state = load_file(path, device=str(self.args.device))
+                state = load_file(path, device="cpu" if on_cpu else str(self.args.device))
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{path} cannot be read: {error}") from error
-            self.load_state_dict(state)
+            broken = [name for name, one in state.items() if one.is_floating_point() and not one.isfinite().all()]
+            if broken:
+                raise UserError(f"{path}: '{broken[0]}' holds what is no finite number; start from another checkpoint")
+            try:
+                self.load_state_dict(state)
+            except (KeyError, ValueError, TypeError, RuntimeError) as error:
+                raise UserError(f"{path} is not as das-lm writes it, or of another model ({error})") from error
 
     def logs(self) -> dict[str, float]:
         """Figures to log beside the loss."""
@@ -167,3 +217,20 @@ class Method:
     def state(self) -> dict[str, Any]:
         """What a person wants to know of the method's state, for `continual_state.json`."""
         return {}
+
+
+def taken(state: Tensors, kind: str, parameters: dict[str, nn.Parameter], file_name: str) -> Tensors:
+    """
+    The tensors `kind.<parameter>` of a method's state.
+
+    Raises:
+        UserError: they are of another model.
+    """
+    tensors = {name.removeprefix(f"{kind}."): tensor for name, tensor in state.items() if name.startswith(f"{kind}.")}
+    for name, tensor in tensors.items():
+        if name not in parameters or parameters[name].shape != tensor.shape:
+            here = list(parameters[name].shape) if name in parameters else "absent"
+            raise UserError(
+                f"{file_name} does not fit the model: '{name}' is {list(tensor.shape)} there and {here} in the model"
+            )
+    return tensors

@@ -69,6 +69,7 @@ class DAS(Method):
         """Find out what matters to what the model knows, and mask it."""
         if self.importance is None:
             self.importance = self._known_importance()
+        self.importance.to(self.args.device)  # where the model was when it was read may have been elsewhere
         args = self.args
         logger.info("importance of %s, mean per kind: %s", self.importance.domains, self.importance.saturation())
         self.mask = SoftMask(
@@ -117,7 +118,7 @@ class DAS(Method):
     # ---- checkpoints -----------------------------------------------------------------------------------------------
 
     def save(self, directory: Path) -> None:
-        if self.importance is not None:
+        if self.importance is not None and self.args.should_save:
             self.importance.save(directory / FILE_NAME, self.units)
 
     def load(self, directory: Path) -> None:
@@ -178,6 +179,7 @@ class DAS(Method):
                 reduce=lambda total: trainer.accelerator.reduce(total, "sum"),
             )
         model.train(was_training)
+        trainer.check_finite(raw, f"importance ({'proxy' if epoch == PROXY_EPOCH else 'gradient'} pass)")
         return raw
 
     def _run(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> Output:
@@ -203,12 +205,10 @@ class DAS(Method):
 
     @torch.no_grad()
     def _prior_view(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        rows = len(batch["input_ids"])
+        rows, labels = len(batch["input_ids"]), torch.full_like(batch["labels"], IGNORED)
         prior = {key: value.expand(rows, -1) for key, value in self.importance.values.items()}
         with gated(self.units, prior), self.trainer.accelerator.autocast():
-            ids = self.trainer.objective.unmasked(batch)
-            inputs = self.trainer.objective.inputs(ids, batch["attention_mask"])
-            return self.units.model.base_model(**inputs)[0]
+            return self._run(self.trainer.objective.unmasked(batch), batch["attention_mask"], labels).hidden
 
     def _drops(self, example_ids: torch.Tensor, views: int) -> dict[str, torch.Tensor]:
         """

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from das_lm.methods.base import Method
-from das_lm.methods.penalty import taken
+from das_lm.methods.base import Method, Tensors
 
 
 class EMA(Method):
@@ -17,29 +16,22 @@ class EMA(Method):
     """
 
     needs_domain_ends = True
+    kept = ("average",)
 
     def __init__(self):
-        self.average: dict[str, torch.Tensor] = {}
+        self.average: Tensors = {}
 
     def begin_domain(self) -> None:
         if not self.average:
-            self.average = {name: parameter.detach().clone() for name, parameter in self.parameters().items()}
+            self.average = {name: value.clone() for name, value in self.values().items()}
 
     @torch.no_grad()
     def after_step(self) -> None:
-        parameters = self.parameters()
-        torch._foreach_lerp_(
-            [self.average[name] for name in parameters], list(parameters.values()), 1 - self.args.ema_decay
-        )
+        values = self.values()
+        torch._foreach_lerp_([self.average[name] for name in values], list(values.values()), 1 - self.args.ema_decay)
 
     @torch.no_grad()
     def finish_weights(self) -> None:
-        for name, parameter in self.parameters().items():
-            parameter.copy_(self.average[name])
+        for name, value in self.values().items():
+            value.copy_(self.average[name])
         self.average = {}
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        return {f"average.{name}": tensor for name, tensor in self.average.items()}
-
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        self.average = taken(state, "average", self.parameters(), self.file_name)

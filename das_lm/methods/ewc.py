@@ -10,6 +10,7 @@ import torch
 from das_lm.methods.penalty import Penalty, Tensors
 from das_lm.methods.per_example import PerExample
 from das_lm.objective import Output
+from das_lm.units.sharding import in_step
 
 if TYPE_CHECKING:
     from das_lm.trainer import ContinualTrainer
@@ -26,7 +27,8 @@ class EWC(Penalty):
     constant (Σ F_t) (θ − μ)² with μ = Σ F_t θ_t / Σ F_t, so that the memory does not grow with the
     domains. `"online"` (Schwarz et al., arXiv 1805.06370) is F ← γ F + F_new around the latest parameters.
 
-    Memory: two copies of the trainable parameters.
+    Memory: two copies of the trainable parameters; under FSDP2, of each process's slice, and while the Fisher is
+    measured the largest single parameter, whole, for each process.
     """
 
     def measure(self) -> Tensors:
@@ -36,8 +38,8 @@ class EWC(Penalty):
 
     def accumulate(self, importance: Tensors) -> None:
         online = self.args.ewc_mode == "online"
-        for name, parameter in self.parameters().items():
-            now, new = parameter.detach().clone(), importance[name]
+        for name, value in self.values().items():
+            now, new = value.clone(), importance[name]
             old = self.importance.get(name)
             if old is None:
                 self.importance[name], self.anchor[name] = new, now
@@ -72,24 +74,30 @@ def per_row_mean(trainer: ContinualTrainer, batches: Iterable, losses, statistic
 
     Args:
         losses: (output, rows) -> ℓ of each row, shape [rows].
+
+    Returns:
+        parameter -> mean; of a sharded one, for this process's slice.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
     was_training = model.training
     model.eval()
     gradients = PerExample(model, statistic)
     try:
-        for batch in batches:
+        for batch, counts in in_step(batches, model):
             rows = len(next(iter(batch.values())))
             with trainer.accelerator.autocast():
                 gradients.add(
                     rows,
                     lambda batch=batch, rows=rows: losses(trainer.objective(model, batch), rows),
                     trainer.objective.flattened(batch),
+                    counts,
                 )
     finally:
         model.train(was_training)
     reduce = trainer.accelerator.reduce
     count = reduce(torch.tensor(float(gradients.examples), device=trainer.args.device), "sum")
+    if gradients.is_sharded:  # each process has summed up its slices over all of them
+        return {name: total / count for name, total in gradients.sums.items()}
     return {name: reduce(total, "sum") / count for name, total in gradients.sums.items()}
 
 

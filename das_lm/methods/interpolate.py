@@ -7,8 +7,7 @@ from typing import Any
 import torch
 
 from das_lm.errors import UserError
-from das_lm.methods.base import Method
-from das_lm.methods.penalty import taken
+from das_lm.methods.base import Method, Tensors
 from das_lm.units.soft_mask import check_fresh
 
 GRID = [step / 10 for step in range(11)]  # of `interpolation_alpha="auto"`
@@ -25,9 +24,10 @@ class Interpolate(Method):
     """
 
     needs_domain_ends = True
+    kept = ("old",)
 
     def __init__(self):
-        self.old: dict[str, torch.Tensor] = {}
+        self.old: Tensors = {}
         self.alpha: float | None = None
 
     def attach(self, trainer) -> None:
@@ -40,11 +40,11 @@ class Interpolate(Method):
 
     def begin_domain(self) -> None:
         if not self.old:
-            self.old = {name: parameter.detach().clone() for name, parameter in self.parameters().items()}
+            self.old = {name: value.clone() for name, value in self.values().items()}
 
     @torch.no_grad()
     def finish_weights(self) -> None:
-        new = {name: parameter.detach().clone() for name, parameter in self.parameters().items()}
+        new = {name: value.clone() for name, value in self.values().items()}
         if self.args.interpolation_alpha == "auto":
             losses = []
             for alpha in GRID:
@@ -56,16 +56,10 @@ class Interpolate(Method):
         self._set(new, self.alpha)
         self.old = {}
 
-    def _set(self, new: dict[str, torch.Tensor], alpha: float) -> None:
-        for name, parameter in self.parameters().items():
+    def _set(self, new: Tensors, alpha: float) -> None:
+        for name, value in self.values().items():
             share = 1.0 if ".lora_A." in name else alpha
-            parameter.copy_(torch.lerp(self.old[name], new[name], share))
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        return {f"old.{name}": tensor for name, tensor in self.old.items()}
-
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        self.old = taken(state, "old", self.parameters(), self.file_name)
+            value.copy_(torch.lerp(self.old[name], new[name], share))
 
     def state(self) -> dict[str, Any]:
         return {} if self.alpha is None else {"interpolation_alpha": self.alpha}

@@ -9,8 +9,8 @@ class L2(Penalty):
     """The baseline of Kirkpatrick et al. (arXiv 1612.00796): Ω = 1, θ* the parameters after the last domain."""
 
     def measure(self) -> Tensors:
-        return {name: torch.ones_like(parameter) for name, parameter in self.parameters().items()}
+        return {name: torch.ones_like(value) for name, value in self.values().items()}
 
     def accumulate(self, importance: Tensors) -> None:
         self.importance = importance
-        self.anchor = {name: parameter.detach().clone() for name, parameter in self.parameters().items()}
+        self.anchor = {name: value.clone() for name, value in self.values().items()}

@@ -28,6 +28,7 @@ class LwF(Method):
     """
 
     needs_domain_ends = True
+    works_sharded = False
 
     def __init__(self):
         self.teacher: Teacher | None = None

@@ -11,6 +11,9 @@ from torch.utils.data import Dataset
 
 from das_lm.data.blocks import addressed_seed
 
+#: Rows that are drawn for at once.
+AT_ONCE = 1 << 20
+
 
 class Reservoir(Dataset):
     """
@@ -34,14 +37,18 @@ class Reservoir(Dataset):
 
     def add(self, rows: Sequence[dict[str, Any]]) -> None:
         """Show further rows: dictionaries of arrays or numbers."""
+        for start in range(0, len(rows), AT_ONCE):  # of a stream there may be more than fit
+            self._add(rows, range(start, min(start + AT_ONCE, len(rows))))
+
+    def _add(self, rows: Sequence[dict[str, Any]], indices: range) -> None:
         draws = np.random.Generator(np.random.Philox(addressed_seed(self.seed, "reservoir", self.seen)))
-        places = draws.integers(0, self.seen + 1 + np.arange(len(rows)))  # of the n-th row ever seen one in [0, n)
-        for index, place in enumerate(places.tolist()):
+        places = draws.integers(0, self.seen + 1 + np.arange(len(indices)))  # of the n-th row ever seen one in [0, n)
+        for index, place in zip(indices, places.tolist(), strict=True):
             if len(self.rows) < self.capacity:
                 self.rows.append(_copied(rows[index]))
             elif place < self.capacity:
                 self.rows[place] = _copied(rows[index])
-        self.seen += len(rows)
+        self.seen += len(indices)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Every column as one tensor of all values and the shapes of the rows' own."""

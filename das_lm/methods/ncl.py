@@ -10,9 +10,8 @@ from torch import nn
 from torch.autograd.graph import get_gradient_edge
 
 from das_lm.errors import UserError
-from das_lm.methods.base import Method
+from das_lm.methods.base import Method, Tensors, taken
 from das_lm.methods.ewc import FISHER_EPOCH, fisher, sampled_targets
-from das_lm.methods.penalty import Tensors, taken
 from das_lm.objective import IGNORED
 
 if TYPE_CHECKING:
@@ -35,12 +34,13 @@ class NCL(Method):
     its own, and diagonal elsewhere; the positions of a sequence count as independent. The paper keeps a sum of two
     Kronecker products one by minimising a KL divergence, here it is the nearest in Frobenius norm.
 
-    Memory: two copies of the trainable parameters, and three more during a step; with a Kronecker precision two times
+    Memory: two copies of the trainable parameters, and four more during a step; with a Kronecker precision two times
     (inputs + 1)² + outputs² numbers of double precision for every linear layer, in the place of one copy.
     """
 
     needs_domain_ends = True
     works_with_adapters = False
+    works_sharded = False
 
     def __init__(self):
         self.mean: Tensors = {}
@@ -120,9 +120,11 @@ class NCL(Method):
         with trainer.private_randomness(FISHER_EPOCH):
             if self.precision:
                 diagonal = fisher(trainer, trainer.importance_batches(FISHER_EPOCH), self.args.fisher)
+                trainer.check_finite(diagonal, "Fisher information (ncl)")
                 self.precision = {name: value + rows * diagonal[name] for name, value in self.precision.items()}
             if self.factors:
                 new = self._kronecker_fisher()
+                trainer.check_finite({layer: one.outputs for layer, one in new.items()}, "Fisher information (ncl)")
                 self.factors = {
                     layer: value + Kronecker(rows * new[layer].inputs, new[layer].outputs)
                     for layer, value in self.factors.items()

@@ -6,12 +6,9 @@ from abc import abstractmethod
 from typing import Any
 
 import torch
-from torch import nn
 
-from das_lm.errors import UserError
-from das_lm.methods.base import Method
-
-Tensors = dict[str, torch.Tensor]  # name of a parameter -> tensor of its shape
+from das_lm.methods.base import Method, Tensors
+from das_lm.units.sharding import over_slices
 
 
 class Penalty(Method):
@@ -25,6 +22,7 @@ class Penalty(Method):
 
     needs_domain_ends = True
     works_with_adapters = False
+    kept = ("importance", "anchor")
 
     def __init__(self):
         self.importance: Tensors = {}
@@ -33,26 +31,34 @@ class Penalty(Method):
     @torch.no_grad()
     def change_gradient(self) -> None:
         weight = self.args.penalty_weight * self.trainer.gradient_scale
-        for name, parameter in self.parameters().items():
-            if weight and name in self.importance and parameter.grad is not None:
-                parameter.grad.addcmul_(self.importance[name], parameter - self.anchor[name], value=weight)
+        if weight and self.importance:
+            values = self.values()
+            for name, gradient in self.gradients().items():
+                if name in self.importance:
+                    gradient.addcmul_(self.importance[name], values[name] - self.anchor[name], value=weight)
 
     @torch.no_grad()
     def value(self) -> float:
         """(λ/2) Σ Ω (θ − θ*)² at the present weights."""
-        total = sum(
-            (self.importance[name] * (parameter - self.anchor[name]).square()).sum()
-            for name, parameter in self.parameters().items()
+        parts = (
+            (self.importance[name] * (value - self.anchor[name]).square()).sum()
+            for name, value in self.values().items()
             if name in self.importance
         )
-        return self.args.penalty_weight / 2 * float(total)
+        total = sum(parts, torch.zeros((), device=self.args.device))
+        return self.args.penalty_weight / 2 * float(self._summed(total))
+
+    def _summed(self, value: torch.Tensor) -> torch.Tensor:
+        return over_slices(value, self.parameters().values()) if self._in_slices else value
 
     def logs(self) -> dict[str, float]:
         return {"penalty": self.value()} if self.importance else {}
 
     @torch.no_grad()
     def end_domain(self) -> None:
-        self.accumulate(self.measure())
+        importance = self.measure()
+        self.trainer.check_finite(importance, f"importance ({type(self).__name__.lower()})")
+        self.accumulate(importance)
 
     @abstractmethod
     def measure(self) -> Tensors:
@@ -60,42 +66,14 @@ class Penalty(Method):
 
     def accumulate(self, importance: Tensors) -> None:
         """Add up importances, and hold on to the parameters as they are now."""
-        for name, parameter in self.parameters().items():
+        for name, value in self.values().items():
             old = self.importance.get(name)
             self.importance[name] = importance[name] if old is None else old + importance[name]
-            self.anchor[name] = parameter.detach().clone()
-
-    def state_dict(self) -> Tensors:
-        return {
-            f"{kind}.{name}": tensor
-            for kind in ("importance", "anchor")
-            for name, tensor in getattr(self, kind).items()
-        }
-
-    def load_state_dict(self, state: Tensors) -> None:
-        parameters = self.parameters()
-        for kind in ("importance", "anchor"):
-            setattr(self, kind, taken(state, kind, parameters, self.file_name))
+            self.anchor[name] = value.clone()
 
     def state(self) -> dict[str, Any]:
         if not self.importance:
             return {}
         total = sum(float(value.sum()) for value in self.importance.values())
+        total = float(self._summed(torch.tensor(total, dtype=torch.float64, device=self.args.device)))
         return {f"{type(self).__name__.lower()}_importance_sum": total}
-
-
-def taken(state: Tensors, kind: str, parameters: dict[str, nn.Parameter], file_name: str) -> Tensors:
-    """
-    The tensors `kind.<parameter>` of a method's state.
-
-    Raises:
-        UserError: they are of another model.
-    """
-    tensors = {name.removeprefix(f"{kind}."): tensor for name, tensor in state.items() if name.startswith(f"{kind}.")}
-    for name, tensor in tensors.items():
-        if name not in parameters or parameters[name].shape != tensor.shape:
-            here = list(parameters[name].shape) if name in parameters else "absent"
-            raise UserError(
-                f"{file_name} does not fit the model: '{name}' is {list(tensor.shape)} there and {here} in the model"
-            )
-    return tensors

@@ -9,15 +9,20 @@ inputs they make the per-example gradients of the parameters (Goodfellow, arXiv 
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from das_lm.errors import UserError
+from das_lm.units.sharding import is_sharded, local, named_parameters, own_slice, recording
 
 STATISTICS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"square": torch.square, "absolute": torch.abs}
 EXACT_ROWS = 8  # examples per backward pass of the slow way, which takes so many times the memory of an ordinary one
@@ -37,6 +42,9 @@ class PerExample:
     dropout off. Batch normalisation in training mode couples the examples: what stands before it takes the slow way,
     with the gradient of each example's loss through all examples. Use it in evaluation mode.
 
+    Under FSDP2 the sums are of each process's slices and over the examples of all processes, each of which holds no
+    more than one parameter's sum whole at a time. The slow way does not exist there.
+
     Args:
         model: parameters that are frozen now are left out; the others may be shared by modules.
         statistic: `"square"` or `"absolute"`.
@@ -44,20 +52,22 @@ class PerExample:
             example at least).
 
     Attributes:
-        sums: parameter -> Σ_n g_n² or Σ_n |g_n|, named and shaped as in `named_parameters`, fp32.
+        sums: parameter -> Σ_n g_n² or Σ_n |g_n|, named and shaped as in `named_parameters` (or as the slice), fp32.
         examples: how many were added.
         exact: names of the parameters that take the slow way.
 
     Raises:
         ValueError: an unknown statistic.
+        UserError: the parameters are sharded, and some would have to take the slow way.
     """
 
     def __init__(self, model: nn.Module, statistic: str = "square", max_elements: int = 1 << 22):
         if statistic not in STATISTICS:
             raise ValueError(f"statistic '{statistic}' is none of {', '.join(STATISTICS)}")
         self.model, self.statistic, self.max_elements = model, STATISTICS[statistic], max_elements
-        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.sums = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in self.parameters.items()}
+        self.is_sharded = is_sharded(model)
+        self.parameters = {name: p for name, p in named_parameters(model).items() if p.requires_grad}
+        self.sums = {n: torch.zeros_like(local(p), dtype=torch.float32) for n, p in self.parameters.items()}
         self.examples = 0
         names = {id(parameter): name for name, parameter in self.parameters.items()}
         owned = {
@@ -74,6 +84,7 @@ class PerExample:
         rows: int,
         losses: Callable[[], torch.Tensor],
         flattened: tuple[nn.Module, torch.Tensor] | None = None,
+        counts: bool = True,
     ) -> None:
         """
         Take in a batch. Parameters, their `grad` and `requires_grad`, and hooks are left as they were.
@@ -85,34 +96,61 @@ class PerExample:
             flattened: a module, and the example that each of its inputs comes from, shape [predictions]. From the call
                 of this module on, the first axis are predictions, of all examples together: the LM head in
                 `das_lm.objective.run_language_model`.
+            counts: whether the batch does, or is run only because other processes run one; see
+                `das_lm.units.sharding.in_step`.
 
         Raises:
             ValueError: the losses are not of shape [rows].
         """
-        recording = set(self.exact) if self._compared else set(self.parameters)
+        recorded = set(self.exact) if self._compared else set(self.parameters)
         calls = _Calls(self._owned, rows, *(flattened or (None, None)))
-        with torch.enable_grad(), self._recording(recording):
+        with torch.enable_grad(), recording(self.model, recorded):
             with calls.kept():
                 values = losses()
             if values.shape != (rows,):
                 raise ValueError(f"the losses have shape {list(values.shape)}, not one for each of {rows} examples")
             self.exact |= calls.misfits
-            if not self.exact <= recording:  # the slow way needs them in the graph
+            if self.is_sharded:
+                self._refuse_the_slow_way()
+            if not self.exact <= recorded:  # the slow way needs them in the graph
                 return self.add(rows, losses, flattened)
-            gradients = calls.gradients(values, {k: v.shape for k, v in self.sums.items()}, retain=bool(recording))
+            gradients = calls.gradients(values, {k: v.shape for k, v in self.parameters.items()}, bool(recorded))
             if not self._compared:
                 self.exact |= self._disagreeing(gradients, values, tolerance=5e-2 if calls.half else 1e-3)
                 self._compared = True
             with _full_precision(values):
-                for name in gradients.keys() - self.exact:
-                    self.sums[name] += gradients[name].total(self.statistic, self.max_elements)
+                if self.is_sharded:
+                    self._refuse_the_slow_way()
+                    self._add_slices(gradients, counts)
+                else:
+                    for name in gradients.keys() - self.exact:
+                        self.sums[name] += gradients[name].total(self.statistic, self.max_elements)
             self._add_exactly(values)
-        self.examples += rows
+        self.examples += rows if counts else 0
+
+    def _add_slices(self, gradients: dict[str, _Gradients], counts: bool) -> None:
+        """The sums of all processes, parameter by parameter, in the same order everywhere."""
+        for name, parameter in self.parameters.items():
+            total = torch.zeros(parameter.shape, device=parameter.device)
+            if counts and name in gradients:
+                total = gradients[name].total(self.statistic, self.max_elements).contiguous()
+            dist.all_reduce(total)
+            self.sums[name] += own_slice(total, parameter)
+
+    def _refuse_the_slow_way(self) -> None:
+        if self.exact:
+            raise UserError(
+                f"fsdp: the gradients of single examples cannot be had from one backward pass for {len(self.exact)} "
+                f"parameters, first '{min(self.exact)}', and sharded parameters have no slower way: use DDP, or a "
+                "method that needs none (das, replay, si, l2, ema)"
+            )
 
     def _disagreeing(self, gradients: dict[str, _Gradients], values: torch.Tensor, tolerance: float) -> set[str]:
         """Names of the parameters for which Σ_n w_n g_n is not the gradient of Σ_n w_n L_n. The weights differ, so
         that a gradient which was given to another example shows, too."""
         weights = (torch.rand(len(values), generator=torch.Generator().manual_seed(0)) + 0.5).to(values)
+        if self.is_sharded:
+            return self._disagreeing_slices(gradients, values, weights, tolerance)
         parameters = list(self.parameters.values())
         found = torch.autograd.grad((weights * values).sum(), parameters, retain_graph=True, allow_unused=True)
         wrong = set()
@@ -128,6 +166,32 @@ class PerExample:
                 if not agrees:
                     wrong.add(name)
         return wrong
+
+    def _disagreeing_slices(
+        self, gradients: dict[str, _Gradients], values: torch.Tensor, weights: torch.Tensor, tolerance: float
+    ) -> set[str]:
+        """The same under FSDP2, whose backward pass leaves the mean over the processes in `grad`, in slices."""
+        kept = [parameter.grad for parameter in self.parameters.values()]
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        (weights * values).sum().backward()
+        found = [parameter.grad for parameter in self.parameters.values()]
+        for parameter, gradient in zip(self.parameters.values(), kept, strict=True):
+            parameter.grad = gradient
+        agreed, names = [], list(self.parameters)
+        with _full_precision(values):
+            for name, expected in zip(names, found, strict=True):
+                total, scale = torch.zeros(self.parameters[name].shape, device=values.device), 0.0
+                if name in gradients:
+                    ours = gradients[name].combined(weights)
+                    total, scale = ours.total(lambda value: value, self.max_elements).contiguous(), ours.scale()
+                dist.all_reduce(total)
+                total = own_slice(total, self.parameters[name]) / dist.get_world_size()
+                difference = total if expected is None else total - local(expected).float()
+                agreed.append(difference.norm() <= tolerance * (total.norm() + scale))
+        disagreeing = (~torch.stack(agreed)).float()
+        dist.all_reduce(disagreeing)
+        return {name for name, number in zip(names, disagreeing.tolist(), strict=True) if number}
 
     def _add_exactly(self, values: torch.Tensor) -> None:
         parameters = {name: self.parameters[name] for name in sorted(self.exact)}
@@ -147,19 +211,6 @@ class PerExample:
             for name, part in zip(parameters, parts, strict=True):
                 if part is not None:
                     self.sums[name] += self.statistic(part.float()).sum(dim=0)
-
-    @contextmanager
-    def _recording(self, names: set[str]) -> Iterator[None]:
-        """Only the named parameters record gradients."""
-        before = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
-        try:
-            self.model.requires_grad_(False)
-            for name in names:
-                self.parameters[name].requires_grad_(True)
-            yield
-        finally:
-            for parameter, requires_grad in before:
-                parameter.requires_grad_(requires_grad)
 
 
 @dataclass
@@ -336,10 +387,15 @@ def _parts(
 def _slope(module: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
     """∂output/∂weight of a module that is affine in its weight, feature by feature: the normalised inputs."""
 
+    # Without hooks: those of FSDP would gather the parameters that are replaced here.
+    bare = object.__new__(type(module))
+    bare.__dict__.update(module.__dict__, _forward_pre_hooks=OrderedDict(), _forward_hooks=OrderedDict())
+
     def run(weight: float) -> torch.Tensor:
-        values = {name: torch.zeros_like(p, dtype=inputs.dtype) for name, p in module.named_parameters(recurse=False)}
+        shapes = {name: p.shape for name, p in module.named_parameters(recurse=False)}
+        values = {name: torch.zeros(shape, dtype=inputs.dtype, device=inputs.device) for name, shape in shapes.items()}
         values["weight"] += weight
-        return torch.func.functional_call(module, values, inputs)
+        return torch.func.functional_call(bare, values, inputs)
 
     return run(1) - run(0)
 

@@ -17,6 +17,7 @@ class SCP(Penalty):
     through one backward pass together (at most `MAX_ELEMENTS` numbers).
     """
 
+    works_sharded = False
     MAX_ELEMENTS = 50_000_000
 
     def measure(self) -> Tensors:

@@ -43,6 +43,11 @@ class SelfReplay(Replay):
         if trainer.units is None:
             raise UserError("method: 'self_replay' needs a language model, which can write text; use 'replay'")
         super().attach(trainer)
+        if trainer.is_sharded and self.args.self_replay_target == "distributions":
+            raise UserError(
+                "self_replay_target: 'distributions' keeps a copy of the model, and a sharded one cannot be copied: "
+                "use 'tokens', or DDP"
+            )
 
     def begin_domain(self) -> None:
         if not len(self.memory):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from das_lm.methods.penalty import Penalty, Tensors, taken
+from das_lm.methods.penalty import Penalty, Tensors
 
 
 class PathIntegral(Penalty):
     """Keeps ω = −Σ_steps g·Δθ of every parameter, g the gradient of the task's loss alone, before clipping and without
     any penalty."""
+
+    kept = (*Penalty.kept, "path")
 
     def __init__(self):
         super().__init__()
@@ -17,23 +19,24 @@ class PathIntegral(Penalty):
 
     def begin_domain(self) -> None:
         if not self.path:  # otherwise the domain goes on after an interruption
-            self.path = {name: torch.zeros_like(parameter) for name, parameter in self.parameters().items()}
+            self.path = {name: torch.zeros_like(value) for name, value in self.values().items()}
 
     @torch.no_grad()
     def read_gradient(self) -> None:
         scale = self.trainer.gradient_scale
-        self._gradient = {n: p.grad / scale for n, p in self.parameters().items() if p.grad is not None}
+        self._gradient = {name: gradient / scale for name, gradient in self.gradients().items()}
 
     @torch.no_grad()
     def before_step(self) -> None:
-        self._before = {name: parameter.detach().clone() for name, parameter in self.parameters().items()}
+        self._before = {name: value.clone() for name, value in self.values().items()}
 
     @torch.no_grad()
     def after_step(self) -> None:
-        for name, parameter in self.parameters().items():
-            moved = parameter - self._before[name]
+        for name, value in self.values().items():
+            moved = value - self._before[name]
             if name in self._gradient:  # a step that the gradient scaler skipped may have had infinite ones
                 self.path[name].sub_(torch.where(moved == 0, 0, self._gradient[name] * moved))
+        self._gradient, self._before = {}, {}
 
 
 class SI(PathIntegral):
@@ -45,27 +48,21 @@ class SI(PathIntegral):
     gradient and the parameters before it.
     """
 
+    kept = (*PathIntegral.kept, "start")
+
     def __init__(self):
         super().__init__()
         self.start: Tensors = {}
 
     def begin_domain(self) -> None:
         if not self.path:
-            self.start = {name: parameter.detach().clone() for name, parameter in self.parameters().items()}
+            self.start = {name: value.clone() for name, value in self.values().items()}
         super().begin_domain()
 
     def measure(self) -> Tensors:
         importance = {
-            name: self.path[name].clamp(min=0) / ((parameter - self.start[name]).square() + self.args.si_damping)
-            for name, parameter in self.parameters().items()
+            name: self.path[name].clamp(min=0) / ((value - self.start[name]).square() + self.args.si_damping)
+            for name, value in self.values().items()
         }
         self.path, self.start = {}, {}
         return importance
-
-    def state_dict(self) -> Tensors:
-        here = {f"{k}.{name}": tensor for k in ("path", "start") for name, tensor in getattr(self, k).items()}
-        return {**super().state_dict(), **here}
-
-    def load_state_dict(self, state: Tensors) -> None:
-        super().load_state_dict(state)
-        self.path, self.start = (taken(state, k, self.parameters(), self.file_name) for k in ("path", "start"))

@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from das_lm.methods.base import Method
+from das_lm.methods.base import Method, Tensors, taken
 from das_lm.methods.das import GRADIENT_EPOCH
-from das_lm.methods.penalty import Tensors, taken
 from das_lm.units.importance import normalize
 from das_lm.units.soft_mask import ParameterMask, check_optimizer
 
@@ -33,6 +32,7 @@ class SPG(Method):
 
     needs_domain_ends = True
     works_with_adapters = False
+    works_sharded = False
 
     def __init__(self):
         self.importance: Tensors = {}
@@ -59,6 +59,7 @@ class SPG(Method):
     def end_domain(self) -> None:
         self.mask = None
         for gradients in self._summed_gradients():
+            self.trainer.check_finite(gradients, "importance (spg)")
             for name, gradient in gradients.items():
                 importance = normalize(gradient, "paper")
                 old = self.importance.get(name)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from das_lm.errors import UserError
-from das_lm.methods.penalty import taken
+from das_lm.methods.base import taken
 from das_lm.objective import Output
 
 if TYPE_CHECKING:

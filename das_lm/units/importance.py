@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from das_lm.errors import UserError
 from das_lm.files import write_tensors
 from das_lm.units.discovery import Units
 from das_lm.units.gates import gated, ones
+from das_lm.units.sharding import in_step, recording
 
 FILE_NAME = "importance.safetensors"
 FORMAT_VERSION = 1
@@ -52,8 +52,8 @@ def measure_importance(
     device = next(units.model.parameters()).device
     totals = {key: torch.zeros(group.size, device=device) for key, group in units.groups.items()}
     examples = torch.zeros((), device=device)
-    with _frozen(units.model):
-        for batch in batches:
+    with recording(units.model):
+        for batch, counts in in_step(batches, units.model):
             rows = len(batch["input_ids"])
             gates = ones(units.groups, rows, device)
             per_row = {key: gate.repeat(views, 1) for key, gate in gates.items()}  # [views × batch, units]
@@ -62,6 +62,8 @@ def measure_importance(
                 per_row = {key: gate * factors[key] for key, gate in per_row.items()}
             with gated(units, per_row):
                 gradients = torch.autograd.grad(losses(batch).sum(), list(gates.values()))
+            if not counts:
+                continue
             for total, gradient in zip(totals.values(), gradients, strict=True):
                 total += (gradient.abs() if accumulation == "absolute" else gradient).sum(dim=0)
             examples += rows
@@ -110,6 +112,11 @@ class Importance:
         self.values = {key: torch.maximum(self.values.get(key, value), value) for key, value in own.items()}
         self.by_domain.append(own)
         self.domains.append(domain)
+
+    def to(self, device: torch.device) -> None:
+        """Move all values."""
+        for part in (self.values, *self.by_domain):
+            part.update({key: value.to(device) for key, value in part.items()})
 
     def saturation(self) -> dict[str, float]:
         """Kind of unit -> mean accumulated importance: near 1, nothing of that kind can learn any more."""
@@ -186,19 +193,32 @@ class Importance:
             raise UserError(f"importance: {path} cannot be read ({error}); use 'proxy' to compute it anew") from None
         if metadata.get("format") != "das_lm.importance":
             raise UserError(f"importance: {path} is no importance file")
-        if int(metadata["version"]) > FORMAT_VERSION:
-            raise UserError(
-                f"importance: {path} has version {metadata['version']}; this release reads {FORMAT_VERSION}"
-            )
-        _check_fit(path, metadata["model_type"], json.loads(metadata["units"]), units)
-        device = next(units.model.parameters()).device
-        parts: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
-        for name, tensor in tensors.items():
-            part, key = name.split(".", 1)
-            parts[part][key] = tensor.to(device)
-        values = parts.pop("values")
-        by_domain = [parts[number] for number in sorted(parts, key=int)]
-        return cls(metadata["normalization"], values, by_domain, json.loads(metadata["domains"]))
+        try:
+            if int(metadata["version"]) > FORMAT_VERSION:
+                raise UserError(
+                    f"importance: {path} has version {metadata['version']}; this release reads {FORMAT_VERSION}"
+                )
+            _check_fit(path, metadata["model_type"], json.loads(metadata["units"]), units)
+            device = next(units.model.parameters()).device
+            parts: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
+            for name, tensor in tensors.items():
+                part, key = name.split(".", 1)
+                fits = tensor.is_floating_point() and tensor.shape == (units.sizes[key],)
+                if not fits or not ((tensor >= 0) & (tensor <= 1)).all():
+                    raise ValueError(f"'{name}' is no importance in [0, 1] of {units.sizes[key]} units")
+                parts[part][key] = tensor.float().to(device)
+            values = parts.pop("values")
+            by_domain = [parts[number] for number in sorted(parts, key=int)]
+            domains = list(json.loads(metadata["domains"]))
+            if any(part.keys() != units.sizes.keys() for part in (values, *by_domain)):
+                raise ValueError("the importance of some units is missing")
+            if by_domain and len(by_domain) != len(domains):
+                raise ValueError(f"there are {len(domains)} domains, and importance of {len(by_domain)}")
+            if metadata["normalization"] not in ("paper", "rank", "positive"):
+                raise ValueError(f"there is no normalization '{metadata['normalization']}'")
+        except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(f"importance: {path} is not as das-lm writes it ({error}); use 'proxy' instead") from None
+        return cls(metadata["normalization"], values, by_domain, domains)
 
 
 def _rank_correlation(values: torch.Tensor) -> list[list[float]]:
@@ -217,15 +237,3 @@ def _check_fit(path: Path, model_type: str, sizes: Mapping[str, int], units: Uni
             raise UserError(
                 f"importance: {path} is of another model: {key} has {theirs} units there and {ours} in this model"
             )
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trainable:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)

@@ -9,6 +9,7 @@ import torch
 
 from das_lm.errors import UserError
 from das_lm.units.discovery import Units
+from das_lm.units.sharding import local, named_parameters, own_slice
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ def check_adapter(units: Units, kinds: Iterable[str]) -> None:
     adapted = {name: module for name, module in units.model.named_modules() if hasattr(module, "lora_B")}
     if not adapted:
         return
-    kinds, parameters = set(kinds), dict(units.model.named_parameters())
+    kinds, parameters = set(kinds), named_parameters(units.model)
     rows = [piece for piece in units.slices if ".lora_B." in piece.parameter]
     if not any(units.groups[piece.group].kind in kinds for piece in rows):
         raise UserError(
@@ -118,6 +119,8 @@ class ParameterMask:
     Call [`before_step`] when the gradients are final (accumulated, clipped) and [`after_step`] when the optimizer has
     stepped. What is held back by 1 stays what it was bit for bit, by 0 it takes the optimizer's step bit for bit.
 
+    Under FSDP2 each process masks its own slice of the parameters, and nothing is gathered.
+
     Args:
         masked: parameters, and what is held back of each: in [0, 1], of a shape that broadcasts to the parameter's.
         target: `"gradient"` multiplies the gradients, before the step; `"update"` scales the difference between the
@@ -127,7 +130,11 @@ class ParameterMask:
 
     def __init__(self, masked: Iterable[tuple[torch.nn.Parameter, torch.Tensor]], target: str = "update"):
         self.target = target
-        self._masked = [(parameter, held_back.to(parameter)) for parameter, held_back in masked]
+        # Of a sharded parameter, what it holds here may move to other memory: look at it in every step.
+        self._masked = [
+            (parameter, own_slice(held_back.to(parameter.device, parameter.dtype), parameter))
+            for parameter, held_back in masked
+        ]
         self._before: list[torch.Tensor] | None = None
 
     @torch.no_grad()
@@ -136,18 +143,18 @@ class ParameterMask:
         if self.target == "gradient":
             for parameter, held_back in self._masked:
                 if parameter.grad is not None:
-                    parameter.grad.mul_(1 - held_back)
+                    local(parameter.grad).mul_(1 - held_back)
         elif self._before is None:
-            self._before = [parameter.detach().clone() for parameter, _ in self._masked]
+            self._before = [local(parameter).clone() for parameter, _ in self._masked]
         elif self._masked:
-            torch._foreach_copy_(self._before, [parameter for parameter, _ in self._masked])
+            torch._foreach_copy_(self._before, [local(parameter) for parameter, _ in self._masked])
 
     @torch.no_grad()
     def after_step(self) -> None:
         """Take back the masked share of the step. A step that the gradient scaler skipped stays skipped."""
         if self.target == "update":
             for (parameter, held_back), before in zip(self._masked, self._before, strict=True):
-                parameter.lerp_(before, held_back)
+                local(parameter).lerp_(before, held_back)
 
 
 class SoftMask(ParameterMask):
@@ -171,7 +178,7 @@ class SoftMask(ParameterMask):
         strength: float = 1.0,
     ):
         kinds = set(kinds)
-        parameters = dict(units.model.named_parameters())
+        parameters = named_parameters(units.model)
         masked = []
         for piece in units.slices:
             parameter = parameters[piece.parameter]

@@ -1,14 +1,12 @@
-"""The walk over domains: what it writes, what it refuses, and that it goes on where it stopped."""
+"""The walk over domains: what it writes, and what it refuses. How it goes on: `end_to_end/test_faults.py`."""
 
 import json
 import random
-import resource
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import (
     AlbertConfig,
     AlbertForMaskedLM,
@@ -96,53 +94,7 @@ def test_walk_writes_whole_checkpoints_and_the_matrix(finished):
 
 
 class Interrupted(Exception):
-    pass
-
-
-@pytest.mark.parametrize("where", ["train bio 3", "end bio", "save bio", "measure bio", "train cs 3", "measure cs"])
-def test_resumed_run_equals_the_uninterrupted_one(world, finished, tmp_path, monkeypatch, where):
-    """Interrupted in training, while consolidating, before saving, and while measuring."""
-    what, domain, *step = where.split()
-    broken = {"on": True}
-    original = {name: getattr(ContinualTrainer, name) for name in ("training_step", "measure", "save_model")}
-
-    def interrupt(name):
-        def wrapper(self, *args, **kwargs):
-            begun = self.state.global_step > 0
-            here = {
-                "training_step": what == "train" and self.state.global_step == int(step[0] if step else 0),
-                "measure": what == "measure" and begun,
-                "save_model": what == "save" and not kwargs.get("_internal_call"),
-            }[name]
-            if broken["on"] and here and self.domain == domain:
-                raise Interrupted
-            return original[name](self, *args, **kwargs)
-
-        return wrapper
-
-    for name in original:
-        monkeypatch.setattr(ContinualTrainer, name, interrupt(name))
-    if what == "end":
-        from das_lm.methods import DAS
-
-        end = DAS.end_domain
-        monkeypatch.setattr(DAS, "end_domain", lambda self: end(self) if not broken["on"] else _raise())
-    output = tmp_path / "run"
-    with pytest.raises(Interrupted):
-        _run(world, output)
-    broken["on"] = False
-    assert _run(world, output, "--resume") == 0
-
-    for stage in ("1-bio", "2-cs"):
-        for file in ("model.safetensors", "importance.safetensors"):
-            left, right = load_file(finished / stage / file), load_file(output / stage / file)
-            assert left.keys() == right.keys()
-            assert all(torch.equal(left[key], right[key]) for key in left), f"{stage}/{file}"
-    assert (Results.load(finished).matrix() == Results.load(output).matrix()).all()
-
-
-def _raise():
-    raise Interrupted
+    """What a test ends a run with."""
 
 
 def test_finished_domains_are_not_repeated(world, finished, tmp_path, monkeypatch):
@@ -312,19 +264,3 @@ def test_output_that_cannot_be_written(world, tmp_path, capsys):
 def test_resume_without_a_run(world, tmp_path, capsys):
     assert _run(world, tmp_path / "nothing", "--resume") == 2
     assert "holds no run" in capsys.readouterr().err
-
-
-def test_a_full_disk_is_a_message_and_the_run_goes_on_later(world, finished, tmp_path, capsys):
-    """No file may grow past the limit, as on a full disk; the base model's scores are kept, nothing half-written."""
-    output = tmp_path / "run"
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
-    try:
-        assert _run(world, output) == 2
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    error = capsys.readouterr().err
-    assert "cannot write" in error and "--resume" in error
-    assert not (output / "1-bio").exists()
-    assert _run(world, output, "--resume") == 0
-    assert (Results.load(finished).matrix() == Results.load(output).matrix()).all()

@@ -296,7 +296,8 @@ def test_every_added_field_is_covered():
     added = {field.name for field in dataclasses.fields(DASConfig)} - {
         field.name for field in dataclasses.fields(TrainingArguments)
     }
-    assert added == set(KNOBS) | set(METHOD_KNOBS) | {"separate_documents"}  # of causal models: tests/test_causal.py
+    of_causal_models = {"separate_documents", "chunked_cross_entropy"}  # tests/test_causal.py
+    assert added == set(KNOBS) | set(METHOD_KNOBS) | of_causal_models
 
 
 @pytest.fixture(scope="module")
@@ -515,6 +516,7 @@ def test_evaluate_equals_a_loop_over_documents(tmp_path):
             held_out={"bio": documents},
             per_device_eval_batch_size=size,
             mlm_probability=0.4,
+            dataloader_drop_last=True,  # of training
         )
         measured.append(run.evaluate())
         assert run.model.training

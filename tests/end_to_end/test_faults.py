@@ -1,0 +1,354 @@
+"""A run that is stopped at any moment loses nothing: faults at named points, kills, signals, full disks, damage."""
+
+import errno
+import os
+import resource
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from das_lm import ContinualTrainer, DASConfig, pretrain, trainer
+from das_lm.errors import UserError
+from das_lm.evaluation.cache import Cache
+from das_lm.evaluation.forgetting import Results
+from das_lm.files import broken_file
+from das_lm.interruption import Interrupted, Signals
+from das_lm.methods import DAS
+from tests.conftest import build_tokenizer, random_blocks, tiny_roberta
+from tests.test_pretrain import _run, finished, world  # noqa: F401 (fixtures)
+from tests.test_scripts import load
+
+
+@pytest.fixture(autouse=True)
+def _ctrl_c_is_heard():
+    """A shell that starts the tests in the background leaves it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def _finish(world: Path, output: Path, whole: Path, *options: str) -> None:  # noqa: F811
+    """Let a run come to its end: weights, importance and scores are those of another, and so are the files."""
+    resume = ["--resume"] if (output / "recipe.yaml").exists() else []
+    assert _run(world, output, *options, *resume) == 0
+    assert load("chaos").differences(whole, output) == []
+
+
+# ---- faults at named points --------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """Nothing in the package catches it."""
+
+
+#: Name -> where a run ends: object, function, its n-th call, and whether it ends before or after that.
+POINTS: dict[str, tuple[Any, str, int, str]] = {
+    "nothing is written": (pretrain, "write_text", 1, "before"),
+    "nothing but the recipe is written": (pretrain, "write_text", 1, "after"),
+    "the base model is measured in part": (Cache, "put", 2, "after"),
+    "importance of what is known": (ContinualTrainer, "importance_batches", 1, "before"),
+    "a step": (ContinualTrainer, "training_step", 4, "before"),
+    "a checkpoint has no importance": (DAS, "save", 2, "before"),
+    "a checkpoint has no random state": (ContinualTrainer, "_save_rng_state", 2, "before"),
+    "a checkpoint has no manifest": (trainer, "seal", 2, "before"),
+    "a checkpoint is whole": (trainer, "seal", 2, "after"),
+    "importance of the domain": (ContinualTrainer, "importance_batches", 2, "before"),
+    "the domain has no manifest": (pretrain, "seal", 1, "before"),
+    "the domain has no name": (pretrain, "seal", 1, "after"),
+    "the domain is not measured": (ContinualTrainer, "measure", 2, "before"),
+    "the domain is measured in part": (Cache, "put", 5, "after"),
+    "the domain has a card": (pretrain, "write_card", 1, "after"),
+    "between two domains": (Results, "save", 2, "after"),
+    "a step of the second domain": (ContinualTrainer, "training_step", 9, "before"),
+    "the results are not written": (Results, "save", 3, "before"),
+    "the end": (Results, "save", 3, "after"),
+}
+
+
+def _stop_at(world: Path, output: Path, monkeypatch: Any, point: tuple[Any, str, int, str]) -> None:  # noqa: F811
+    where, name, call, moment = point
+    original, calls = getattr(where, name), []
+
+    def stop(*arguments, **options):
+        calls.append(name)
+        if len(calls) == call and moment == "before":
+            raise Killed
+        result = original(*arguments, **options)
+        if len(calls) == call:
+            raise Killed
+        return result
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(where, name, stop)
+        _run(world, output)
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_fault_at_a_named_point_costs_nothing(world, finished, tmp_path, monkeypatch, point):  # noqa: F811
+    _stop_at(world, tmp_path / "run", monkeypatch, POINTS[point])
+    _finish(world, tmp_path / "run", finished)
+
+
+def test_what_was_being_written_is_no_run_and_goes(world, finished, tmp_path):  # noqa: F811
+    """A real kill leaves temporary files, which no `finally` has removed."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".recipe.yaml.123.partial").write_text("model_na")
+    _finish(world, tmp_path / "run", finished)
+    for name in (".forgetting.json.123.partial", "measured/.a.safetensors.123.partial"):
+        (tmp_path / "run" / name).write_text("{")
+    _finish(world, tmp_path / "run", finished)
+
+
+# ---- real kills --------------------------------------------------------------------------------------------------
+
+
+def test_three_real_kills_of_one_run(world, finished, tmp_path):  # noqa: F811
+    """SIGKILL while a checkpoint is saved, in an importance pass, and when a domain has been measured."""
+    chaos, output = load("chaos"), tmp_path / "run"
+    shown = ["--disable_tqdm", "false"]
+    assert _run(world, tmp_path / "whole", *shown) == 0
+    died_in = [
+        chaos.kill_once(["--recipe", str(world / "recipe.yaml"), *shown], output, phase, occurrence, delay=0)
+        for phase, occurrence in (("saving a checkpoint", 2), ("importance", 1), ("between domains", 1))
+    ]
+    assert None not in died_in and "saving a checkpoint" in died_in
+    _finish(world, output, tmp_path / "whole", *shown)
+
+
+# ---- SIGTERM and Ctrl-C ------------------------------------------------------------------------------------------
+
+
+def _signal_at_step(monkeypatch: Any, number: int, step: int, times: int = 1) -> None:
+    original = ContinualTrainer.training_step
+
+    def training_step(self, *arguments):
+        if self.state.global_step + 1 == step:
+            for _ in range(times):
+                os.kill(os.getpid(), number)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(ContinualTrainer, "training_step", training_step)
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_says_how_to_go_on(world, finished, tmp_path, monkeypatch, capfd, number, status):  # noqa: F811
+    output, before = tmp_path / "run", signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        _signal_at_step(patch, number, step=3)
+        assert _run(world, output) == status
+    assert signal.getsignal(number) is before
+    saved = output / "1-bio.training" / "checkpoint-3"  # where none was due
+    assert broken_file(saved) is None
+    said = capfd.readouterr().err
+    assert f"das-lm: interrupted; 'bio' is saved as {saved}; the same command with --resume continues" in said
+    assert "Traceback" not in said
+    _finish(world, output, finished)
+
+
+def test_the_second_signal_stops_at_once(world, finished, tmp_path, monkeypatch, capfd):  # noqa: F811
+    with monkeypatch.context() as patch:
+        _signal_at_step(patch, signal.SIGINT, step=3, times=2)
+        assert _run(world, tmp_path / "run") == 130
+    assert not (tmp_path / "run" / "1-bio.training" / "checkpoint-3").exists()
+    assert "das-lm: interrupted; the same command with --resume continues" in capfd.readouterr().err
+    _finish(world, tmp_path / "run", finished)
+
+
+def test_a_launcher_that_passes_ctrl_c_on_is_no_second_signal(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with Signals() as signals:
+        signals.postponed = True
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.received == signal.SIGINT
+        monkeypatch.setattr("das_lm.interruption.PASSED_ON", 0.0)
+        with pytest.raises(Interrupted):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("where, name", [(DAS, "end_domain"), (ContinualTrainer, "measure"), (pretrain, "_save")])
+def test_a_signal_where_nothing_is_learned_stops_at_once(world, finished, tmp_path, monkeypatch, where, name):  # noqa: F811
+    original = getattr(where, name)
+
+    def wrapper(*arguments, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(where, name, wrapper)
+        assert _run(world, tmp_path / "run") == 143
+    _finish(world, tmp_path / "run", finished)
+
+
+def test_a_trainer_of_its_own_saves_too(tmp_path, monkeypatch):
+    """From Python it is an exception; without checkpoints nothing is caught."""
+    for strategy, saved in (("steps", ["checkpoint-2"]), ("no", [])):
+        args = DASConfig(
+            tmp_path / strategy,
+            max_length=12,
+            max_steps=4,
+            save_steps=100,
+            save_strategy=strategy,
+            use_cpu=True,
+            report_to="none",
+        )
+        one = ContinualTrainer(
+            tiny_roberta(), args, train_dataset=random_blocks(40), processing_class=build_tokenizer(), domain="bio"
+        )
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as raised:
+            _signal_at_step(patch, signal.SIGINT, step=2)
+            one.train()
+        assert [path.name for path in tmp_path.glob(f"{strategy}/*")] == saved
+        assert isinstance(raised.value, Interrupted) == bool(saved)
+
+
+def test_ignored_signals_stay_ignored_and_forks_end():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Signals():
+            os.kill(os.getpid(), signal.SIGINT)
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+            child = os.fork()
+            if child == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
+                os._exit(0)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 143
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+# ---- disks that take nothing -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "fails", ["1-bio/config.json", "1-bio/importance.safetensors", "1-bio/model.safetensors", "optimizer"]
+)
+def test_a_full_disk_is_a_message_and_the_run_goes_on_later(world, finished, tmp_path, capsys, fails):  # noqa: F811
+    """No file may grow past the limit, as on a full disk; nothing half-written stays under the name of a domain."""
+    weights = (finished / "1-bio" / "model.safetensors").stat().st_size
+    limit = weights + 1000 if fails == "optimizer" else (finished / fails).stat().st_size - 1
+    output = tmp_path / "run"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        assert _run(world, output) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    error = capsys.readouterr().err
+    assert error.count("das-lm: error: output_dir: cannot write to ") == 1 and "--resume" in error
+    assert str(tmp_path) in error and "Traceback" not in error
+    assert not (output / "1-bio").exists()
+    _finish(world, output, finished)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT])
+def test_a_disk_that_takes_nothing_any_more_is_named(world, finished, tmp_path, monkeypatch, capsys, number):  # noqa: F811
+    output = tmp_path / "run"
+    shutil.copytree(finished, output)
+    (output / "forgetting.json").unlink()  # all is measured again
+    before = {path: path.stat().st_mtime_ns for path in output.glob("[0-9]*/*")}
+    with monkeypatch.context() as patch:
+
+        def replace(source, target):
+            raise OSError(number, os.strerror(number), str(target))
+
+        patch.setattr(os, "replace", replace)
+        assert _run(world, output, "--resume") == 2
+    error = capsys.readouterr().err
+    assert f"cannot write to {output}/measured" in error and os.strerror(number) in error and "--resume" in error
+    assert before == {path: path.stat().st_mtime_ns for path in output.glob("[0-9]*/*")}
+    _finish(world, output, finished)
+
+
+# ---- damaged files -----------------------------------------------------------------------------------------------
+
+
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def _cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+@pytest.mark.parametrize("damage", [_flip, _cut, Path.unlink])
+@pytest.mark.parametrize("steps", [[4], [2, 4]])
+def test_the_last_whole_checkpoint_is_used(world, finished, tmp_path, monkeypatch, caplog, damage, steps):  # noqa: F811
+    output = tmp_path / "run"
+    _stop_at(world, output, monkeypatch, (ContinualTrainer, "training_step", 6, "before"))
+    for step in steps:
+        damage(output / "1-bio.training" / f"checkpoint-{step}" / "optimizer.pt")
+    begun = []
+    original = ContinualTrainer.train
+    monkeypatch.setattr(
+        ContinualTrainer,
+        "train",
+        lambda self, resume_from_checkpoint: (
+            begun.append(resume_from_checkpoint) or original(self, resume_from_checkpoint)
+        ),
+    )
+    _finish(world, output, finished)
+    named = [record.getMessage() for record in caplog.records if record.name == "das_lm.files"]
+    assert len(named) == len(steps) and all(
+        f"checkpoint-{step} is passed over: optimizer.pt is damaged" in line
+        for step, line in zip(sorted(steps, reverse=True), named, strict=True)
+    )
+    whole = None if 2 in steps else output / "1-bio.training" / "checkpoint-2"
+    assert begun[0] == whole
+
+
+def test_a_damaged_domain_is_refused_and_can_be_learned_again(world, finished, tmp_path, capsys):  # noqa: F811
+    output = tmp_path / "run"
+    shutil.copytree(finished, output)
+    _flip(output / "1-bio" / "model.safetensors")
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+    assert _run(world, output, "--resume") == 2
+    error = capsys.readouterr().err
+    assert f"{output / '1-bio'} is damaged: model.safetensors" in error and "delete it" in error
+    assert before == {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+    shutil.rmtree(output / "1-bio")
+    _finish(world, output, finished)
+
+
+# ---- another number of processes ---------------------------------------------------------------------------------
+
+
+def test_the_same_rows_in_every_step_or_a_refusal(tmp_path):
+    args = DASConfig(
+        tmp_path, max_length=12, max_steps=5, per_device_train_batch_size=8, use_cpu=True, report_to="none"
+    )
+    data = random_blocks(40)
+    one = ContinualTrainer(tiny_roberta(), args, train_dataset=data, processing_class=build_tokenizer(), domain="bio")
+
+    def before(processes, size, accumulation):
+        keys = ("processes", "per_device_train_batch_size", "gradient_accumulation_steps")
+        return dict(zip(keys, (processes, size, accumulation), strict=True))
+
+    for same in ((1, 8, 1), (2, 4, 1), (1, 2, 4), (2, 2, 2), (8, 1, 1)):
+        one.check_order(before(*same))
+    for rows, other in ((16, (2, 8, 1)), (4, (1, 4, 1))):
+        with pytest.raises(UserError, match=f"began with {rows} rows per update step .* product is {rows} again"):
+            one.check_order(before(*other))
+    # 41 rows do not fill steps of 8: five steps do not come to the end, six do.
+    one.train_dataset = random_blocks(41)
+    one.check_order(before(2, 4, 1))
+    one.args.max_steps = 6
+    one.check_order(before(1, 4, 2))  # one process fills nothing up
+    with pytest.raises(UserError, match="41 rows of domain 'bio' do not fill 8 rows per update step"):
+        one.check_order(before(2, 4, 1))
+
+
+def test_another_batch_is_refused_before_anything_is_learned(world, finished, tmp_path, capsys):  # noqa: F811
+    output = tmp_path / "run"
+    shutil.copytree(finished, output)
+    shutil.rmtree(output / "2-cs")
+    assert _run(world, output, "--resume", "--per_device_train_batch_size", "2") == 2
+    assert "began with 4 rows per update step (1 processes × 4 per_device" in capsys.readouterr().err
+    accumulated = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"]
+    assert _run(world, output, "--resume", *accumulated) == 0
+    assert len(Results.load(output).stages) == 3

@@ -63,6 +63,7 @@ from das_lm.trainer import STATE_NAME, ContinualTrainer, data_seed
 from das_lm.units import ARCHITECTURES, Architecture
 from das_lm.units.importance import FILE_NAME as IMPORTANCE_NAME
 from das_lm.units.importance import Importance
+from das_lm.units.sharding import is_sharded
 
 if TYPE_CHECKING:
     from das_lm.data.domains import Documents, Domain
@@ -329,6 +330,11 @@ def _with_new_words(model: Any, tokenizer: Any, stage: Stage, text: dict[str, Do
                 raise UserError(
                     f"domain '{domain.name}': add_tokens: {', '.join(recipe.method)} remembers single parameters, and "
                     "the embeddings grow; leave add_tokens out, or use another method, such as das, replay or lwf"
+                )
+            if is_sharded(model):
+                raise UserError(
+                    f"domain '{domain.name}': add_tokens: fsdp has cut the embeddings into slices, which cannot grow; "
+                    "leave add_tokens out, or use DDP"
                 )
             words = find_new_words(text[domain.name].train, tokenizer, domain.add_tokens)
             tokenizer = add_words(model, tokenizer, words)

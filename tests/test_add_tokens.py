@@ -132,3 +132,9 @@ def test_what_is_refused(world, tmp_path, capsys, options, message):
     command = ["pretrain", "--recipe", str(tmp_path / "recipe.yaml"), "--output_dir", str(tmp_path / "run"), *options]
     assert main(command) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_embeddings_in_slices_do_not_grow(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("das_lm.pretrain.is_sharded", lambda model: True)
+    assert _run(world, tmp_path / "run") == 2
+    assert "domain 'bio': add_tokens: fsdp has cut the embeddings" in capsys.readouterr().err

@@ -18,6 +18,6 @@ def run_in_two_processes(script: str, directory: Path, *arguments) -> None:
     }
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     result = subprocess.run(
-        [*launcher, path, *arguments], env=environment, capture_output=True, text=True, timeout=300
+        [*launcher, path, *arguments], env=environment, capture_output=True, text=True, timeout=600
     )
     assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]

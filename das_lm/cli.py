@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from das_lm.errors import UserError, did_you_mean
+from das_lm.files import is_about_disk
 
 DESCRIPTION = """\
 Continual pre-training of language models without forgetting.
@@ -758,6 +759,12 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         message, status = f"error: {error}", 2
         speaks = speaks or getattr(error, "everywhere", False)
+    except OSError as error:
+        if not is_about_disk(error):
+            raise
+        where = error.filename or "the disk"
+        message = f"error: {where}: {error.strerror}; free some space, or make it writable, and run the command again"
+        status = 2
     except KeyboardInterrupt as error:
         again = "the same command with --resume" if argv[0] in ("pretrain", "search-lambda") else "the same command"
         message = f"{str(error) or 'interrupted'}; {again} continues"

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 
 from das_lm.errors import UserError
+from das_lm.units.importance import NORMALIZATIONS
 
-NORMALIZATIONS = ("paper", "rank", "positive")
 ACCUMULATIONS = ("absolute", "signed")
 PROXIES = ("hidden", "logits")
 SOFT_MASK_TARGETS = ("update", "gradient")

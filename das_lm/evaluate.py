@@ -29,18 +29,10 @@ from das_lm.evaluation.forgetting import FILE_NAME, Results
 from das_lm.evaluation.held_out import HeldOut
 from das_lm.evaluation.probes import Questions, cloze_accuracy, load_questions
 from das_lm.files import broken_file
-from das_lm.pretrain import (
-    RECIPE_NAME,
-    held_out_windows,
-    is_causal,
-    load_model,
-    load_tokenizer,
-    machine_facts,
-    measuring_trainer,
-    model_path,
-    stages_of,
-)
+from das_lm.loading import is_causal, load_model, load_tokenizer, model_path
+from das_lm.pretrain import held_out_windows, machine_facts, measuring_trainer
 from das_lm.recipe import Recipe, load_recipe
+from das_lm.run_directory import RECIPE_NAME, stages_of
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -112,6 +113,15 @@ def newest_checkpoint(directory: Path | str) -> Path | None:
         how = "it was not saved to its end" if broken == MANIFEST else f"{broken} is damaged"
         logger.warning("%s is passed over: %s", path, how)
     return None
+
+
+def is_about_disk(error: BaseException) -> bool:
+    """Whether something could not be written (or read) for want of space, of a right, or of a working disk."""
+    numbers = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EFBIG, errno.EIO)
+    if isinstance(error, OSError) and error.errno in numbers:
+        return True
+    words = [os.strerror(number) for number in numbers]  # of safetensors; torch.save says less
+    return any(word in str(error) for word in [*words, "PytorchStreamWriter", "inline_container"])
 
 
 def _sha256(path: Path) -> str:

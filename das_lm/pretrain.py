@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import importlib.util
 import json
 import math
 import os
@@ -13,7 +11,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -30,14 +28,11 @@ from peft import PeftModel
 from rich.console import Console
 from rich.markup import escape
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, BitsAndBytesConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.trainer_utils import IntervalStrategy
 
 from das_lm import __version__, adapters
 from das_lm.cpu import use_all_cores
 from das_lm.data.blocks import HeldOutWindows, TrainingBlocks, labeling
-from das_lm.data.embedded import MODELS
 from das_lm.data.leakage import find_leakage
 from das_lm.data.new_words import add_words, find_new_words
 from das_lm.data.packing import pack, windows
@@ -45,58 +40,29 @@ from das_lm.data.streaming import TrainingStream
 from das_lm.errors import UserError
 from das_lm.evaluation.cache import DIRECTORY as CACHE_NAME
 from das_lm.evaluation.cache import Cache, fingerprint, model_fingerprint
-from das_lm.evaluation.forgetting import FIGURES_NAME, PAGE_NAME, Results
 from das_lm.evaluation.forgetting import FILE_NAME as RESULTS_NAME
+from das_lm.evaluation.forgetting import Results
 from das_lm.files import (
-    broken_file,
-    is_partial,
+    is_about_disk,
     newest_checkpoint,
     partial_path,
-    remove_partial,
     seal,
-    write_text,
 )
 from das_lm.interruption import ProcessLost, Signals, is_about_processes
+from das_lm.loading import check_model, is_causal, load_model, load_tokenizer, model_path, one_line
 from das_lm.methods import METHODS
 from das_lm.model_card import HubRepository, write_card
+from das_lm.run_directory import CURVES_NAME, Stage, batch_before, check_and_clean, open_output, stages_of
 from das_lm.trainer import STATE_NAME, ContinualTrainer, data_seed
-from das_lm.units import ARCHITECTURES, Architecture
+from das_lm.units import Architecture
 from das_lm.units.importance import FILE_NAME as IMPORTANCE_NAME
 from das_lm.units.importance import Importance
 from das_lm.units.sharding import is_sharded
 
 if TYPE_CHECKING:
-    from das_lm.data.domains import Documents, Domain
+    from das_lm.data.domains import Documents
     from das_lm.evaluation.held_out import HeldOut
     from das_lm.recipe import Recipe
-
-RECIPE_NAME = "recipe.yaml"
-CURVES_NAME = "tensorboard"
-#: Training arguments that change with the number of processes, and their defaults.
-PER_PROCESS = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
-
-
-@dataclass
-class Stage:
-    """
-    Domains that are learned together: one, unless the schedule mixes them.
-
-    Args:
-        directory: where the finished checkpoint goes.
-        workshop: where the Trainer keeps its checkpoints meanwhile.
-    """
-
-    name: str
-    domains: list[Domain]
-    directory: Path
-
-    @property
-    def workshop(self) -> Path:
-        return self.directory.with_name(f"{self.directory.name}.training")
-
-    @property
-    def is_finished(self) -> bool:
-        return self.directory.is_dir()  # it gets its name when it is whole; what was damaged since is refused
 
 
 def continual_pretrain(
@@ -134,7 +100,7 @@ def _continual_pretrain(recipe: Recipe, resume: bool, overwrite: bool, halves: b
     transformers.utils.logging.disable_progress_bar()  # of loading and saving weights
     output = Path(recipe.output_dir)
     try:
-        _on_main(state, _check_and_clean, output, recipe, resume, overwrite)
+        _on_main(state, check_and_clean, output, recipe, resume, overwrite)
         check_model(recipe)
         with state.main_process_first():
             text, tokenizer = _load_text(recipe, console), load_tokenizer(model_path(recipe), recipe)
@@ -146,12 +112,12 @@ def _continual_pretrain(recipe: Recipe, resume: bool, overwrite: bool, halves: b
         if state.num_processes > 1 and is_about_processes(error):
             raise ProcessLost(
                 f"process {state.process_index} of {state.num_processes} lost another one, which was killed or says "
-                f"why it ended; use --resume to go on ({_one_line(error)})"
+                f"why it ended; use --resume to go on ({one_line(error)})"
             ) from error
-        if _is_about_disk(error):
+        if is_about_disk(error):
             where = getattr(error, "filename", None) or output
             raise UserError(
-                f"output_dir: cannot write to {where}: {_one_line(error)}; free some space, or make it writable, and "
+                f"output_dir: cannot write to {where}: {one_line(error)}; free some space, or make it writable, and "
                 "use --resume"
             ) from error
         raise
@@ -241,7 +207,7 @@ def _walk(
             for stage in stages:
                 larger = _with_new_words(model, larger, stage, text, recipe)
         if state.is_main_process:
-            _open_output(output, recipe, overwrite)
+            open_output(output, recipe, overwrite)
         _keep(results, *measured, {"checkpoint": recipe.model_name_or_path}, 0, output, state, None)
         del model, trainer
         state.wait_for_everyone()
@@ -265,7 +231,7 @@ def _walk(
             console.rule(f"[bold]{stage.name}[/bold] ({index} of {len(stages)})", align="left")
             started = time.perf_counter()
             if earlier:
-                trainer.check_order(_batch_before(earlier.run, stage.name))
+                trainer.check_order(batch_before(earlier.run, stage.name))
             trainer.train(resume_from_checkpoint=_on_main(state, newest_checkpoint, stage.workshop))
             _save(trainer, stage.directory, recipe, None if stage is stages[0] else Path(source))
             seconds = round(time.perf_counter() - started, 1)
@@ -485,178 +451,7 @@ def _save(trainer: ContinualTrainer, directory: Path, recipe: Recipe, before: Pa
     trainer.accelerator.wait_for_everyone()
 
 
-def stages_of(recipe: Recipe, output: Path) -> list[Stage]:
-    """What is learned together, in its order: one domain, unless the schedule mixes them."""
-    if recipe.schedule == "sequential":
-        return [
-            Stage(domain.name, [domain], output / f"{index}-{domain.name}")
-            for index, domain in enumerate(recipe.domains, 1)
-        ]
-    name = "+".join(domain.name for domain in recipe.domains)
-    return [Stage(name, list(recipe.domains), output / f"1-{recipe.schedule}")]
-
-
-# ---- model and text ----------------------------------------------------------------------------------------------
-
-
-def model_path(recipe: Recipe) -> str:
-    """Where the base model is."""
-    return _path(recipe.model_name_or_path)
-
-
-def _path(name: str) -> str:
-    return str(MODELS.get(name, name))
-
-
-def _config(path: str, recipe: Recipe) -> Any:
-    """The config of a model, or of the model that an adapter belongs to."""
-    base = adapters.base_of(path)
-    return AutoConfig.from_pretrained(_path(base) if base else path, trust_remote_code=recipe.trust_remote_code)
-
-
-def check_model(recipe: Recipe) -> None:
-    """
-    Look at the config alone, before anything heavy loads.
-
-    Raises:
-        UserError: no such model, an architecture that is not supported, a wrong entry for it, or weights that cannot
-            be trained as the recipe says.
-    """
-    path = model_path(recipe)
-    try:
-        config = _config(path, recipe)
-    except (OSError, ValueError) as error:
-        raise UserError(_cannot_load(recipe, error)) from error
-    if recipe.units is None and config.model_type not in ARCHITECTURES:
-        raise UserError(
-            f"model_name_or_path: models of type '{config.model_type}' are not supported; supported are "
-            f"{', '.join(sorted(ARCHITECTURES))}; for another one, das-lm units proposes what to write as `units:` in "
-            "the recipe"
-        )
-    if recipe.units is not None:
-        Architecture.from_dict(recipe.units)
-    _check_adapters(recipe, getattr(config, "quantization_config", None) is not None)
-
-
-def _check_adapters(recipe: Recipe, quantized: bool) -> None:
-    name = recipe.model_name_or_path
-    if recipe.peft is None:
-        if quantized:
-            raise UserError(
-                f"model_name_or_path: '{name}' is quantized, so that its weights cannot be trained; train adapters "
-                "(peft: {adapters: apart} in the recipe), or take the model in full precision"
-            )
-        return
-    if recipe.peft["adapters"] != "apart" and quantized:
-        raise UserError(
-            f"model_name_or_path: '{name}' is quantized, and an adapter cannot be added to its weights without loss; "
-            "write adapters: apart"
-        )
-    if recipe.peft["adapters"] != "merge" and adapters.base_of(model_path(recipe)):
-        raise UserError(
-            f"model_name_or_path: '{name}' is an adapter itself, and PEFT loads no adapter of an adapter; write "
-            "adapters: merge"
-        )
-    growing = [domain.name for domain in recipe.domains if domain.add_tokens]
-    if recipe.peft["adapters"] != "merge" and growing:
-        raise UserError(
-            f"domain '{growing[0]}': add_tokens: the embeddings of new tokens belong to no adapter; write adapters: "
-            "merge, or leave add_tokens out"
-        )
-    if recipe.peft.get("load_in_4bit") and importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError("peft: load_in_4bit needs bitsandbytes: pip install bitsandbytes, or leave it out")
-
-
-def is_causal(recipe: Recipe, path: str | None = None) -> bool:
-    """Whether a model is a causal language model rather than a masked one: what its config says that it was saved as,
-    or else what its type is made for."""
-    config = _config(path or model_path(recipe), recipe)
-    saved_as = set(config.architectures or ())
-    if saved_as & set(MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()):
-        return False
-    if saved_as & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
-        return True
-    return config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
-
-def load_model(path: str, recipe: Recipe) -> Any:
-    """
-    Load a language model with all of its weights, in fp32; one with an adapter as the sum of both, or, with
-    `load_in_4bit`, as a model of PEFT.
-
-    Raises:
-        UserError: it cannot be loaded, lacks weights, which would be random, or is the adapter of another model.
-    """
-    base = adapters.base_of(path)
-    if base is None:
-        return _load_whole(path, recipe)
-    if path != model_path(recipe) and not _is_same(base, recipe.model_name_or_path):
-        raise UserError(
-            f"the adapter in {path} is of another model: of '{base}', not of '{recipe.model_name_or_path}'; name its "
-            f"own model, or, if it has only moved, correct base_model_name_or_path in {path}/adapter_config.json"
-        )
-    model = _load_whole(_path(base), recipe)
-    model = adapters.load_adapter(model, path, merge=not getattr(model.config, "quantization_config", None))
-    model.name_or_path = path
-    return model
-
-
-def _is_same(one: str, other: str) -> bool:
-    """Whether two names are of one model: equal, or of one directory."""
-    return one == other or (os.path.isdir(one) and os.path.isdir(other) and os.path.samefile(one, other))
-
-
-def _load_whole(path: str, recipe: Recipe) -> Any:
-    options = {"attn_implementation": recipe.attn_implementation} if recipe.attn_implementation else {}
-    if recipe.peft and recipe.peft.get("load_in_4bit"):
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )  # as QLoRA (Dettmers et al., arXiv 2305.14314)
-    verbosity = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.set_verbosity_error()  # its load report; what is missing is said below
-    try:
-        model, info = (AutoModelForCausalLM if is_causal(recipe, path) else AutoModelForMaskedLM).from_pretrained(
-            path,
-            dtype=torch.float32,  # a masked update below one ulp of a half-precision parameter would be lost
-            trust_remote_code=recipe.trust_remote_code,
-            output_loading_info=True,
-            **options,
-        )
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        raise UserError(_cannot_load(recipe, error)) from error
-    finally:
-        transformers.utils.logging.set_verbosity(verbosity)
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise UserError(
-            f"model_name_or_path: the checkpoint {path} lacks weights of the language model, which would be "
-            f"random: {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''}; use one that has its LM head"
-        )
-    return model
-
-
-def load_tokenizer(path: str, recipe: Recipe) -> Any:
-    """
-    Load the tokenizer of a model.
-
-    Raises:
-        UserError: there is none, or it has more tokens than the model.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=recipe.trust_remote_code)
-        vocabulary = _config(path, recipe).vocab_size
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise UserError(f"model_name_or_path: no tokenizer can be loaded from '{path}': {_one_line(error)}") from error
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of a directory without one
-        raise UserError(f"model_name_or_path: no tokenizer is saved beside the model in '{path}'")
-    if len(tokenizer) > vocabulary:
-        raise UserError(
-            f"model_name_or_path: the tokenizer of '{path}' has {len(tokenizer)} tokens, the model {vocabulary}"
-        )
-    return tokenizer
+# ---- text and facts ----------------------------------------------------------------------------------------------
 
 
 def _load_text(recipe: Recipe, console: Console) -> dict[str, Documents]:
@@ -671,15 +466,6 @@ def _load_text(recipe: Recipe, console: Console) -> dict[str, Documents]:
 def _pack(documents: Any, tokenizer: Any, max_length: int) -> Any:
     """Blocks of a domain; large domains are tokenized by as many processes as there are cores."""
     return pack(documents, tokenizer, max_length, num_proc=os.cpu_count() if len(documents) > 100_000 else None)
-
-
-def _cannot_load(recipe: Recipe, error: Exception) -> str:
-    return f"model_name_or_path: '{recipe.model_name_or_path}' cannot be loaded: {_one_line(error)}"
-
-
-def _one_line(error: Exception) -> str:
-    line = " ".join(str(error).split())
-    return line if len(line) <= 300 else f"{line[:300]} …"
 
 
 def _facts(recipe: Recipe, text: dict[str, Documents], args: Any) -> dict[str, Any]:
@@ -699,101 +485,3 @@ def machine_facts() -> dict[str, Any]:
         "versions": {"das_lm": __version__, **versions, "python": platform.python_version()},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
-
-
-# ---- the output directory ----------------------------------------------------------------------------------------
-
-
-def check_output(output: Path, recipe: Recipe, resume: bool, overwrite: bool) -> None:
-    """Refuse to mix runs, before anything is loaded or written."""
-    if resume and overwrite:
-        raise UserError("--resume goes on with a run, --overwrite_output_dir removes it: give one of them")
-    existing = next((path for path in (output, *output.absolute().parents) if path.exists()), None)
-    if output.exists() and not output.is_dir():
-        raise UserError(f"output_dir: {output} is a file; name a directory")
-    if existing is not None and not (existing.is_dir() and os.access(existing, os.W_OK)):
-        raise UserError(f"output_dir: cannot write to {existing}; name another directory with --output_dir")
-    if not output.is_dir() or all(is_partial(path) for path in output.iterdir()):
-        if resume:
-            raise UserError(f"--resume: {output} holds no run to go on with; leave --resume out")
-        return
-    if not (output / RECIPE_NAME).is_file():
-        raise UserError(
-            f"output_dir: {output} is not empty and holds no run; name another directory with --output_dir"
-        )
-    if not resume and not overwrite:
-        raise UserError(
-            f"output_dir: {output} holds the results of another run; give --resume to go on with it, "
-            "--overwrite_output_dir to start again, or another --output_dir"
-        )
-    if resume:
-        from das_lm.recipe import load_recipe
-
-        before = load_recipe(output / RECIPE_NAME, check_device=False)  # as it was written, or a message
-        before = _without_batch(yaml.safe_load(before.to_yaml()))
-        now = _without_batch(yaml.safe_load(recipe.to_yaml()))
-        for key in {**before, **now}:
-            if key not in ("output_dir", "description") and before.get(key) != now.get(key):
-                raise UserError(
-                    f"--resume: the run in {output} has another '{key}': {before.get(key)!r}, not {now.get(key)!r}; "
-                    "give the same, or another --output_dir"
-                )
-
-
-def _without_batch(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A recipe without what another number of processes has to change; the trainer compares the product of them."""
-    for one in (recipe, *recipe["domains"]):
-        training = {name: value for name, value in one.pop("training", {}).items() if name not in PER_PROCESS}
-        if training:
-            one["training"] = training
-    return recipe
-
-
-def _batch_before(run: dict[str, Any], name: str) -> dict[str, int]:
-    """[`ContinualTrainer.batch`] of a domain, as `forgetting.json` tells how the run was begun."""
-    domain = next((one for one in run["recipe"]["domains"] if one["name"] == name), {})
-    training = {**run["recipe"].get("training", {}), **domain.get("training", {})}
-    return {
-        "processes": run.get("processes", 1),
-        **{key: training.get(key, default) for key, default in PER_PROCESS.items()},
-    }
-
-
-def _check_and_clean(output: Path, recipe: Recipe, resume: bool, overwrite: bool) -> None:
-    """[`check_output`]; and of the run to go on with, whether its finished domains are what was saved."""
-    check_output(output, recipe, resume, overwrite)
-    if not resume:
-        return
-    for stage in stages_of(recipe, output):
-        broken = broken_file(stage.directory) if stage.is_finished else None
-        if broken:
-            raise UserError(
-                f"--resume: {stage.directory} is damaged: {broken} is not what was saved; put back a copy of the "
-                f"directory, or delete it to learn '{stage.name}' again"
-            )
-    for directory in (output, output / CACHE_NAME):
-        remove_partial(directory)
-
-
-def _open_output(output: Path, recipe: Recipe, overwrite: bool) -> None:
-    if overwrite and (output / RECIPE_NAME).is_file():
-        # Only what a run writes, and the recipe last: whatever is interrupted here can be overwritten again.
-        for path in output.glob("[0-9]*-*"):
-            shutil.rmtree(path)
-        for name in (CACHE_NAME, CURVES_NAME, FIGURES_NAME):
-            shutil.rmtree(output / name, ignore_errors=True)
-        for name in (PAGE_NAME, RESULTS_NAME):
-            (output / name).unlink(missing_ok=True)
-        (output / RECIPE_NAME).unlink()
-    output.mkdir(parents=True, exist_ok=True)
-    remove_partial(output)
-    if not (output / RECIPE_NAME).is_file():
-        write_text(output / RECIPE_NAME, recipe.to_yaml())
-
-
-def _is_about_disk(error: Exception) -> bool:
-    numbers = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EFBIG, errno.EIO)
-    if isinstance(error, OSError) and error.errno in numbers:
-        return True
-    words = [os.strerror(number) for number in numbers]  # of safetensors; torch.save says less
-    return any(word in str(error) for word in [*words, "PytorchStreamWriter", "inline_container"])

@@ -83,7 +83,8 @@ def plan(
     Raises:
         UserError: anything that is wrong with any of them.
     """
-    from das_lm.pretrain import RECIPE_NAME, check_model, check_output
+    from das_lm.loading import check_model
+    from das_lm.run_directory import RECIPE_NAME, check_output
 
     output, overrides = Path(output_dir), overrides or {}
     find_recipe(recipe)
@@ -149,7 +150,8 @@ def sweep(
     from accelerate import PartialState
 
     from das_lm.evaluation.report import write_report
-    from das_lm.pretrain import RECIPE_NAME, continual_pretrain, stages_of
+    from das_lm.pretrain import continual_pretrain
+    from das_lm.run_directory import RECIPE_NAME, stages_of
 
     todo = {directory: one for directory, one in runs.items() if not _is_finished(directory)}
     state = PartialState()

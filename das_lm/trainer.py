@@ -14,15 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import fsdp2_prepare_model
 from datasets import IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import nn
-from torch.distributed.fsdp import CPUOffloadPolicy
-from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, SequentialSampler
 from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, HubStrategy, SaveStrategy, rotate_checkpoints
 from transformers.training_args import ParallelMode
 
@@ -44,18 +41,19 @@ from das_lm.data.streaming import DocumentStream, TrainingStream
 from das_lm.errors import NotFinite, UserError, did_you_mean
 from das_lm.evaluation.held_out import HeldOut, held_out_losses
 from das_lm.files import broken_file, newest_checkpoint, seal, write_json
+from das_lm.fsdp import ShardedTraining
 from das_lm.interruption import Interrupted, Signals
 from das_lm.methods import METHODS, Method
 from das_lm.objective import LanguageModeling, ModuleLoss, Output, check_head_in_chunks
 from das_lm.units import Architecture, Units
-from das_lm.units.sharding import is_sharded, named_parameters, tied_beyond, whole_state_dict
+from das_lm.units.sharding import full, is_sharded, local, named_parameters, whole_state_dict
 
 STATE_NAME = "continual_state.json"
 BATCH_NAME = "batch.json"
 STREAM_NAME = "stream.json"
 
 
-class ContinualTrainer(Trainer):
+class ContinualTrainer(ShardedTraining):
     """
     Learns one domain with one or several continual-learning methods.
 
@@ -246,8 +244,7 @@ class ContinualTrainer(Trainer):
             NotFinite: one of them is. A gradient that overflowed in fp16 is none of that: the gradient
                 scaler skips its step.
         """
-        if isinstance(grad_norm, DTensor):
-            grad_norm = grad_norm.full_tensor()
+        grad_norm = full(grad_norm)
         names = [name for name, _ in self._step_parts]
         values = torch.stack([*(part.float() for _, part in self._step_parts), grad_norm.float().to(self.args.device)])
         self._step_parts.clear()
@@ -287,8 +284,8 @@ class ContinualTrainer(Trainer):
         Raises:
             NotFinite: one of them holds NaN or infinity.
         """
-        local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors.values()]
-        finite = torch.stack([part.detach().isfinite().all() for part in local]).to(self.args.device).float()
+        finite = torch.stack([local(tensor.detach()).isfinite().all() for tensor in tensors.values()])
+        finite = finite.to(self.args.device).float()
         everywhere = self.accelerator.reduce(finite, "mean").tolist()
         broken = [name for name, share in zip(tensors, everywhere, strict=True) if share < 1]
         if broken:
@@ -522,61 +519,6 @@ class ContinualTrainer(Trainer):
             torch.manual_seed(addressed_seed(self.args.seed, self.domain, *address))
             yield
 
-    # ---- FSDP2: every process has a slice of each parameter -------------------------------------------------------
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether parameters are slices, or will be as soon as the model is prepared."""
-        return self.is_fsdp_enabled or is_sharded(self.model)
-
-    def _check_sharding(self) -> None:
-        if self.has_adapter:
-            raise UserError("fsdp: not tested with an adapter, whose few parameters plain DDP trains as well; use DDP")
-        if self.args.chunked_cross_entropy:
-            raise UserError("chunked_cross_entropy: under fsdp the head's weights are gone by then; leave it off")
-        if self.is_fsdp_enabled:
-            plugin = self.accelerator.state.fsdp_plugin
-            if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
-                raise UserError("fsdp: cpu_offload is not supported, the masks' memory would have to move too")
-            if self.units is not None and plugin.transformer_cls_names_to_wrap is None:
-                # transformers' own list has RoBERTa's embeddings in it, which it ties to the LM head.
-                plugin.transformer_cls_names_to_wrap = sorted({type(layer).__name__ for layer in self.units.layers})
-
-    @contextmanager
-    def _ties_in_one_group(self) -> Iterator[None]:
-        """accelerate shards embeddings and LM head as a group of their own, which FSDP2 refuses where other modules
-        have a part in them, as in the LM heads of BERT and RoBERTa. Where it does not see them, they stay with the
-        rest of the model."""
-        hidden = []
-        if self.is_fsdp_enabled and self.units is not None and not is_sharded(self.model):
-            model = self.units.model
-            if tied_beyond(model, (model.get_input_embeddings(), model.get_output_embeddings())):
-                hidden = ["get_input_embeddings", "get_output_embeddings"]
-        for name in hidden:
-            setattr(model, name, lambda: None)
-        try:
-            yield
-        finally:
-            for name in hidden:
-                delattr(model, name)
-
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        was_sharded = self.is_fsdp_enabled and is_sharded(self.model)
-        with self._ties_in_one_group():
-            prepared = super()._prepare_for_training(*args, **kwargs)
-        if was_sharded:
-            # accelerate finds the optimizer's parameters anew by their memory, which empty slices have none of.
-            for group, parameters in zip(self.optimizer.param_groups, self._parameter_groups, strict=True):
-                group["params"] = parameters
-        return prepared
-
-    def _ready_to_measure(self) -> nn.Module:
-        """The model, sharded if that is how it will be trained: it may not fit into one process."""
-        if self.is_fsdp_enabled and not is_sharded(self.model):
-            with self._ties_in_one_group():
-                fsdp2_prepare_model(self.accelerator, self.model)
-        return self.model
-
     # ---- evaluation: exact sums over documents -------------------------------------------------------------------
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -648,15 +590,6 @@ class ContinualTrainer(Trainer):
         state = self.continual_state()
         if self.args.should_save:
             write_json(directory / STATE_NAME, state)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """A plain transformers directory with whole weights; under FSDP2 too, whatever the `state_dict_type`, with
-        one of which the Trainer would write no weights at all."""
-        if not self.is_fsdp_enabled:
-            return super().save_model(output_dir, _internal_call)
-        self._save(output_dir or self.args.output_dir)
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def create_model_card(self, tags: str | list[str] | None = None, **kwargs: Any) -> None:
         """The Trainer's draft of a card, with the tags that the cards of a walk have."""

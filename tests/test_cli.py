@@ -1,6 +1,8 @@
 """The command line, in process: what reaches the walk, and one message and status 2 for every mistake."""
 
 import dataclasses
+import errno
+import os
 import sys
 import types
 from pathlib import Path
@@ -8,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from das_lm.cli import main
+from das_lm.cli import COMMANDS, main
 from das_lm.config import DASConfig
 from das_lm.errors import UserError
 
@@ -172,3 +174,21 @@ def test_errors_of_the_walk(walk, capsys, monkeypatch):
         fail(ValueError())
     monkeypatch.setenv("RANK", "1")
     assert fail(UserError("the disk is full")) == (2, "", "")
+
+
+def test_a_full_disk_is_one_message(monkeypatch, capsys):
+    """Whatever command meets it; another error of the system is a bug, and shows itself."""
+
+    def full(arguments):
+        raise OSError(number, os.strerror(number), "x/report.html")
+
+    monkeypatch.setitem(COMMANDS, "report", full)
+    number = errno.ENOSPC
+    assert main(["report", "x"]) == 2
+    assert capsys.readouterr().err == (
+        "das-lm: error: x/report.html: No space left on device; free some space, or make it writable, and run the "
+        "command again\n"
+    )
+    number = errno.ECHILD
+    with pytest.raises(OSError):
+        main(["report", "x"])

@@ -947,7 +947,8 @@ class _RecipeTrial:
 
     def __call__(self, weight: float) -> dict[str, Any]:
         from das_lm.evaluation.forgetting import Results
-        from das_lm.pretrain import RECIPE_NAME, continual_pretrain, stages_of
+        from das_lm.pretrain import continual_pretrain
+        from das_lm.run_directory import RECIPE_NAME, stages_of
 
         output = self.directory / f"lambda-{weight!r}"
         training = {**self.recipe.training, "penalty_weight": weight}

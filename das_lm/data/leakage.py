@@ -384,4 +384,6 @@ def _passage(text: str, start: int, count: int) -> str:
 
 
 def _shortened(passage: str, limit: int = 240) -> str:
+    """For a terminal, which would obey control characters."""
+    passage = re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", passage)
     return passage if len(passage) <= limit else f"{passage[:limit]} …"

@@ -33,6 +33,7 @@ class AGEM(Replay):
 
     @torch.no_grad()
     def change_gradient(self) -> None:
+        """Take out of the gradient what would raise the loss of the memory."""
         if not len(self.memory):
             return
         theirs = memory_gradient(self.trainer, self.memory, "memory")

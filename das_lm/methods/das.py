@@ -44,6 +44,7 @@ class DAS(Method):
         self.mask: SoftMask | None = None
 
     def attach(self, trainer: ContinualTrainer) -> None:
+        """Raises `UserError` for a model without units, and an optimizer or adapter that masks cannot act on."""
         super().attach(trainer)
         if trainer.units is None:
             raise UserError("method: 'das' acts on the heads and neurons of a language model; for another use 'spg'")

@@ -37,6 +37,7 @@ class EWC(Penalty):
             return fisher(trainer, trainer.importance_batches(FISHER_EPOCH), self.args.fisher)
 
     def accumulate(self, importance: Tensors) -> None:
+        """Online: one decaying sum. Separate: one penalty that equals the sum of all, up to a constant."""
         online = self.args.ewc_mode == "online"
         for name, value in self.values().items():
             now, new = value.clone(), importance[name]

@@ -33,6 +33,7 @@ class GEM(Method):
 
     @torch.no_grad()
     def change_gradient(self) -> None:
+        """Project the gradient to the nearest one that raises the loss of no memory."""
         if not self.memories:
             return
         theirs = [

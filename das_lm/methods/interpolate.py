@@ -31,6 +31,7 @@ class Interpolate(Method):
         self.alpha: float | None = None
 
     def attach(self, trainer) -> None:
+        """Raises `UserError` for an adapter that is no fresh one, and where α has nothing to be chosen by."""
         super().attach(trainer)
         check_fresh(self.parameters(), "only then is α B A the interpolation of the weights")
         if self.args.interpolation_alpha == "auto" and not trainer.development_dataset:
@@ -44,6 +45,7 @@ class Interpolate(Method):
 
     @torch.no_grad()
     def finish_weights(self) -> None:
+        """θ ← α θ_new + (1 − α) θ_old."""
         new = {name: value.clone() for name, value in self.values().items()}
         if self.args.interpolation_alpha == "auto":
             losses = []

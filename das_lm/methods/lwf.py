@@ -44,6 +44,7 @@ class LwF(Method):
             self.teacher = Teacher(self.trainer)
 
     def loss(self, model: nn.Module, batch: Mapping[str, torch.Tensor], outputs: Output) -> dict[str, torch.Tensor]:
+        """The weighted distillation, once there is a teacher."""
         if "task" in batch:
             self._seen.update(batch["task"].unique().tolist())
         if self.teacher is None or self.args.lwf_weight == 0:
@@ -74,6 +75,7 @@ class LwF(Method):
         self.tasks |= self._seen
 
     def state_dict(self) -> dict[str, torch.Tensor]:
+        """The teacher too, so that a resumed domain has the same one."""
         state = {} if self.teacher is None else self.teacher.state_dict()
         if self.domains:
             state["domains"] = torch.tensor(self.domains)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.autograd.graph import get_gradient_edge
 
 from das_lm.errors import UserError
-from das_lm.methods.base import Method, Tensors, taken
+from das_lm.methods.base import Method, Tensors
 from das_lm.methods.ewc import FISHER_EPOCH, fisher, sampled_targets
 from das_lm.objective import IGNORED
 
@@ -41,6 +41,7 @@ class NCL(Method):
     needs_domain_ends = True
     works_with_adapters = False
     works_sharded = False
+    kept = ("mean", "precision")
 
     def __init__(self):
         self.mean: Tensors = {}
@@ -48,6 +49,7 @@ class NCL(Method):
         self.factors: dict[str, Kronecker] = {}  # name of a linear layer -> precision of its parameters
 
     def attach(self, trainer: ContinualTrainer) -> None:
+        """Raises `UserError` for whatever else would change the step."""
         given = {**vars(trainer.args), "optim": trainer.args.optim.value}
         needed = {"optim": "sgd", "optim_args": None, "weight_decay": 0.0, "max_grad_norm": 0.0, "fp16": False}
         wrong = [f"{name} is {given[name]}" for name, value in needed.items() if given[name] != value]
@@ -65,6 +67,7 @@ class NCL(Method):
         super().attach(trainer)
 
     def begin_domain(self) -> None:
+        """Before the first domain, Λ₀ around the weights as they are."""
         if not self.mean:
             self.mean = {name: parameter.detach().clone() for name, parameter in self.parameters().items()}
             layers, prior = self._layers(), self.args.ncl_prior
@@ -115,6 +118,7 @@ class NCL(Method):
 
     @torch.no_grad()
     def end_domain(self) -> None:
+        """Λ ← Λ + N F around the new weights."""
         trainer, rows = self.trainer, len(self.trainer.train_dataset)
         self.mean = {name: parameter.detach().clone() for name, parameter in self.parameters().items()}
         with trainer.private_randomness(FISHER_EPOCH):
@@ -213,16 +217,16 @@ class NCL(Method):
     # ---- state -----------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> Tensors:
+        """With both factors of every layer."""
         return {
-            **{f"mean.{name}": tensor for name, tensor in self.mean.items()},
-            **{f"precision.{name}": tensor for name, tensor in self.precision.items()},
+            **super().state_dict(),
             **{f"inputs.{layer}": one.inputs for layer, one in self.factors.items()},
             **{f"outputs.{layer}": one.outputs for layer, one in self.factors.items()},
         }
 
     def load_state_dict(self, state: Tensors) -> None:
-        parameters = self.parameters()
-        self.mean, self.precision = (taken(state, k, parameters, self.file_name) for k in ("mean", "precision"))
+        """Raises `UserError` where `ncl_curvature` was another."""
+        super().load_state_dict(state)
         saved = {n.removeprefix("inputs.") for n in state if n.startswith("inputs.")}
         if saved != set(self._layers()):
             raise UserError(

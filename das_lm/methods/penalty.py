@@ -30,6 +30,7 @@ class Penalty(Method):
 
     @torch.no_grad()
     def change_gradient(self) -> None:
+        """Add λ Ω (θ − θ*), so that the gradient read before is the task's alone."""
         weight = self.args.penalty_weight * self.trainer.gradient_scale
         if weight and self.importance:
             values = self.values()

@@ -49,6 +49,7 @@ class RWalk(PathIntegral):
 
     @torch.no_grad()
     def after_step(self) -> None:
+        """Every `rwalk_interval` steps, the Fisher's moving average, and the score of the path since."""
         super().after_step()
         step = self.trainer.state.global_step
         if (step + 1) % self.args.rwalk_interval:
@@ -65,6 +66,7 @@ class RWalk(PathIntegral):
             self.start[name].copy_(value)
 
     def measure(self) -> Tensors:
+        """Score and Fisher, each brought to [0, 1]; the score is the mean with that of the domains before."""
         for name, score in self.score.items():
             old = self.old_score.get(name)
             self.old_score[name] = score if old is None else (old + score) / 2

@@ -21,6 +21,7 @@ class SCP(Penalty):
     MAX_ELEMENTS = 50_000_000
 
     def measure(self) -> Tensors:
+        """The mean over `scp_projections` random directions, as many at a time as fit."""
         trainer, parameters = self.trainer, self.parameters()
         size = sum(parameter.numel() for parameter in parameters.values())
         total = self.args.scp_projections

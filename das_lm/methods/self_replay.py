@@ -40,6 +40,7 @@ class SelfReplay(Replay):
         self.teacher: Teacher | None = None
 
     def attach(self, trainer: ContinualTrainer) -> None:
+        """Raises `UserError` for a module that writes no text."""
         if trainer.units is None:
             raise UserError("method: 'self_replay' needs a language model, which can write text; use 'replay'")
         super().attach(trainer)

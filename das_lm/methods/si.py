@@ -60,6 +60,7 @@ class SI(PathIntegral):
         super().begin_domain()
 
     def measure(self) -> Tensors:
+        """ω / (Δθ² + ξ), of what lowered the loss."""
         importance = {
             name: self.path[name].clamp(min=0) / ((value - self.start[name]).square() + self.args.si_damping)
             for name, value in self.values().items()

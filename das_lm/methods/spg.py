@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from das_lm.methods.base import Method, Tensors, taken
+from das_lm.methods.base import Method, Tensors
 from das_lm.methods.das import GRADIENT_EPOCH
 from das_lm.units.importance import normalize
 from das_lm.units.soft_mask import ParameterMask, check_optimizer
@@ -33,6 +33,7 @@ class SPG(Method):
     needs_domain_ends = True
     works_with_adapters = False
     works_sharded = False
+    kept = ("importance",)
 
     def __init__(self):
         self.importance: Tensors = {}
@@ -43,6 +44,7 @@ class SPG(Method):
         check_optimizer(self.args.optim.value, self.args.soft_mask_target)
 
     def begin_domain(self) -> None:
+        """Mask by the importance of all tasks so far; the first task is unmasked."""
         strength, masked = self.args.soft_mask_strength, []
         if self.importance and strength > 0:
             mean = torch.cat([importance.flatten() for importance in self.importance.values()]).mean()
@@ -57,6 +59,7 @@ class SPG(Method):
         self.mask.after_step()
 
     def end_domain(self) -> None:
+        """Normalise the task's gradients, and keep the largest importance."""
         self.mask = None
         for gradients in self._summed_gradients():
             self.trainer.check_finite(gradients, "importance (spg)")
@@ -110,13 +113,14 @@ class SPG(Method):
     # ---- state -----------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> Tensors:
-        state = {f"importance.{name}": importance for name, importance in self.importance.items()}
+        """With the tasks whose heads are known."""
+        state = super().state_dict()
         if self.tasks:
             state["tasks"] = torch.tensor(sorted(self.tasks))
         return state
 
     def load_state_dict(self, state: Tensors) -> None:
-        self.importance = taken(state, "importance", self.parameters(), self.file_name)
+        super().load_state_dict(state)
         self.tasks = set(state["tasks"].tolist()) if "tasks" in state else set()
 
     def state(self) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from das_lm.units.sharding import in_step, recording
 
 FILE_NAME = "importance.safetensors"
 FORMAT_VERSION = 1
+NORMALIZATIONS = ("paper", "rank", "positive")
 
 
 def measure_importance(
@@ -214,7 +215,7 @@ class Importance:
                 raise ValueError("the importance of some units is missing")
             if by_domain and len(by_domain) != len(domains):
                 raise ValueError(f"there are {len(domains)} domains, and importance of {len(by_domain)}")
-            if metadata["normalization"] not in ("paper", "rank", "positive"):
+            if metadata["normalization"] not in NORMALIZATIONS:
                 raise ValueError(f"there is no normalization '{metadata['normalization']}'")
         except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"importance: {path} is not as das-lm writes it ({error}); use 'proxy' instead") from None

@@ -12,7 +12,7 @@ from rich.console import Console
 from das_lm.cli import main
 from das_lm.data import leakage
 from das_lm.data.domains import Documents, Domain
-from das_lm.data.leakage import find_leakage
+from das_lm.data.leakage import _shortened, find_leakage
 
 
 def documents(train: list[str] | None, held_out: list[str]) -> Documents:
@@ -215,3 +215,7 @@ def test_the_built_in_text_shares_phrases_but_was_not_trained_on():
     assert found.warnings() == []
     passages = {one.measured: one.found[0].words for one in found.leaked if one.found}
     assert passages.keys() == {"bio", "cs"} and max(passages.values()) < 20  # of 43 words on average
+
+
+def test_a_passage_commands_no_terminal():
+    assert _shortened("a\x1b[31mb\x07c\nd") == "a [31mb c d" and _shortened("x" * 300) == "x" * 240 + " …"

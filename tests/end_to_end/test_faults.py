@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from das_lm import ContinualTrainer, DASConfig, pretrain, trainer
+from das_lm import ContinualTrainer, DASConfig, pretrain, run_directory, trainer
 from das_lm.errors import UserError
 from das_lm.evaluation.cache import Cache
 from das_lm.evaluation.forgetting import Results
@@ -46,8 +46,8 @@ class Killed(BaseException):
 
 #: Name -> where a run ends: object, function, its n-th call, and whether it ends before or after that.
 POINTS: dict[str, tuple[Any, str, int, str]] = {
-    "nothing is written": (pretrain, "write_text", 1, "before"),
-    "nothing but the recipe is written": (pretrain, "write_text", 1, "after"),
+    "nothing is written": (run_directory, "write_text", 1, "before"),
+    "nothing but the recipe is written": (run_directory, "write_text", 1, "after"),
     "the base model is measured in part": (Cache, "put", 2, "after"),
     "importance of what is known": (ContinualTrainer, "importance_batches", 1, "before"),
     "a step": (ContinualTrainer, "training_step", 4, "before"),

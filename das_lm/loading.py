@@ -1,0 +1,190 @@
+"""Models and tokenizers that a recipe names: built in, in a directory, or of the hub; whole, or an adapter."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from das_lm import adapters
+from das_lm.data.embedded import MODELS
+from das_lm.errors import UserError
+from das_lm.units import ARCHITECTURES, Architecture
+
+if TYPE_CHECKING:
+    from das_lm.recipe import Recipe
+
+
+def model_path(recipe: Recipe) -> str:
+    """Where the base model is."""
+    return _path(recipe.model_name_or_path)
+
+
+def _path(name: str) -> str:
+    return str(MODELS.get(name, name))
+
+
+def _config(path: str, recipe: Recipe) -> Any:
+    """The config of a model, or of the model that an adapter belongs to."""
+    base = adapters.base_of(path)
+    return AutoConfig.from_pretrained(_path(base) if base else path, trust_remote_code=recipe.trust_remote_code)
+
+
+def check_model(recipe: Recipe) -> None:
+    """
+    Look at the config alone, before anything heavy loads.
+
+    Raises:
+        UserError: no such model, an architecture that is not supported, a wrong entry for it, or weights that cannot
+            be trained as the recipe says.
+    """
+    path = model_path(recipe)
+    try:
+        config = _config(path, recipe)
+    except (OSError, ValueError) as error:
+        raise UserError(_cannot_load(recipe, error)) from error
+    if recipe.units is None and config.model_type not in ARCHITECTURES:
+        raise UserError(
+            f"model_name_or_path: models of type '{config.model_type}' are not supported; supported are "
+            f"{', '.join(sorted(ARCHITECTURES))}; for another one, das-lm units proposes what to write as `units:` in "
+            "the recipe"
+        )
+    if recipe.units is not None:
+        Architecture.from_dict(recipe.units)
+    _check_adapters(recipe, getattr(config, "quantization_config", None) is not None)
+
+
+def _check_adapters(recipe: Recipe, quantized: bool) -> None:
+    name = recipe.model_name_or_path
+    if recipe.peft is None:
+        if quantized:
+            raise UserError(
+                f"model_name_or_path: '{name}' is quantized, so that its weights cannot be trained; train adapters "
+                "(peft: {adapters: apart} in the recipe), or take the model in full precision"
+            )
+        return
+    if recipe.peft["adapters"] != "apart" and quantized:
+        raise UserError(
+            f"model_name_or_path: '{name}' is quantized, and an adapter cannot be added to its weights without loss; "
+            "write adapters: apart"
+        )
+    if recipe.peft["adapters"] != "merge" and adapters.base_of(model_path(recipe)):
+        raise UserError(
+            f"model_name_or_path: '{name}' is an adapter itself, and PEFT loads no adapter of an adapter; write "
+            "adapters: merge"
+        )
+    growing = [domain.name for domain in recipe.domains if domain.add_tokens]
+    if recipe.peft["adapters"] != "merge" and growing:
+        raise UserError(
+            f"domain '{growing[0]}': add_tokens: the embeddings of new tokens belong to no adapter; write adapters: "
+            "merge, or leave add_tokens out"
+        )
+    if recipe.peft.get("load_in_4bit") and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("peft: load_in_4bit needs bitsandbytes: pip install bitsandbytes, or leave it out")
+
+
+def is_causal(recipe: Recipe, path: str | None = None) -> bool:
+    """Whether a model is a causal language model rather than a masked one: what its config says that it was saved as,
+    or else what its type is made for."""
+    config = _config(path or model_path(recipe), recipe)
+    saved_as = set(config.architectures or ())
+    if saved_as & set(MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()):
+        return False
+    if saved_as & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
+        return True
+    return config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+
+def load_model(path: str, recipe: Recipe) -> Any:
+    """
+    Load a language model with all of its weights, in fp32; one with an adapter as the sum of both, or, with
+    `load_in_4bit`, as a model of PEFT.
+
+    Raises:
+        UserError: it cannot be loaded, lacks weights, which would be random, or is the adapter of another model.
+    """
+    base = adapters.base_of(path)
+    if base is None:
+        return _load_whole(path, recipe)
+    if path != model_path(recipe) and not _is_same(base, recipe.model_name_or_path):
+        raise UserError(
+            f"the adapter in {path} is of another model: of '{base}', not of '{recipe.model_name_or_path}'; name its "
+            f"own model, or, if it has only moved, correct base_model_name_or_path in {path}/adapter_config.json"
+        )
+    model = _load_whole(_path(base), recipe)
+    model = adapters.load_adapter(model, path, merge=not getattr(model.config, "quantization_config", None))
+    model.name_or_path = path
+    return model
+
+
+def _is_same(one: str, other: str) -> bool:
+    """Whether two names are of one model: equal, or of one directory."""
+    return one == other or (os.path.isdir(one) and os.path.isdir(other) and os.path.samefile(one, other))
+
+
+def _load_whole(path: str, recipe: Recipe) -> Any:
+    options = {"attn_implementation": recipe.attn_implementation} if recipe.attn_implementation else {}
+    if recipe.peft and recipe.peft.get("load_in_4bit"):
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )  # as QLoRA (Dettmers et al., arXiv 2305.14314)
+    verbosity = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()  # its load report; what is missing is said below
+    try:
+        model, info = (AutoModelForCausalLM if is_causal(recipe, path) else AutoModelForMaskedLM).from_pretrained(
+            path,
+            dtype=torch.float32,  # a masked update below one ulp of a half-precision parameter would be lost
+            trust_remote_code=recipe.trust_remote_code,
+            output_loading_info=True,
+            **options,
+        )
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        raise UserError(_cannot_load(recipe, error)) from error
+    finally:
+        transformers.utils.logging.set_verbosity(verbosity)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise UserError(
+            f"model_name_or_path: the checkpoint {path} lacks weights of the language model, which would be "
+            f"random: {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''}; use one that has its LM head"
+        )
+    return model
+
+
+def load_tokenizer(path: str, recipe: Recipe) -> Any:
+    """
+    Load the tokenizer of a model.
+
+    Raises:
+        UserError: there is none, or it has more tokens than the model.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=recipe.trust_remote_code)
+        vocabulary = _config(path, recipe).vocab_size
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise UserError(f"model_name_or_path: no tokenizer can be loaded from '{path}': {one_line(error)}") from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of a directory without one
+        raise UserError(f"model_name_or_path: no tokenizer is saved beside the model in '{path}'")
+    if len(tokenizer) > vocabulary:
+        raise UserError(
+            f"model_name_or_path: the tokenizer of '{path}' has {len(tokenizer)} tokens, the model {vocabulary}"
+        )
+    return tokenizer
+
+
+def _cannot_load(recipe: Recipe, error: Exception) -> str:
+    return f"model_name_or_path: '{recipe.model_name_or_path}' cannot be loaded: {one_line(error)}"
+
+
+def one_line(error: Exception) -> str:
+    line = " ".join(str(error).split())
+    return line if len(line) <= 300 else f"{line[:300]} …"

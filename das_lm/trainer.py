@@ -144,6 +144,7 @@ class ContinualTrainer(ShardedTraining):
             )
         # The loss below is divided by all that the accumulated batch holds.
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
+        self._loss_shifts_labels = False  # ours are shifted already: the Trainer counts the first of a row, too
         self._loss_parts: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=self.args.device))
         self._loss_parts_since = 0
         self._step_parts: list[tuple[str, torch.Tensor]] = []  # of the batches of the present step

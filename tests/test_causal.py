@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from datasets import Dataset
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,6 +22,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
 )
 
 from das_lm import ContinualTrainer, DASConfig
@@ -42,11 +45,20 @@ def tiny_gpt2(seed: int = 0, dropout: float = 0.0) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(GPT2Config(**SHAPE, **shape, **rates)).train()
 
 
+LLAMA_SHAPE = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 40, "initializer_range": 0.2,
+}  # fmt: skip
+
+
 def tiny_llama(seed: int = 0) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    shape |= {"num_key_value_heads": 2, "max_position_embeddings": 40, "initializer_range": 0.2}
-    return LlamaForCausalLM(LlamaConfig(**SHAPE, **shape)).train()
+    return LlamaForCausalLM(LlamaConfig(**SHAPE, **LLAMA_SHAPE)).train()
+
+
+def tiny_qwen2(seed: int = 0) -> Qwen2ForCausalLM:
+    torch.manual_seed(seed)
+    return Qwen2ForCausalLM(Qwen2Config(**SHAPE, **LLAMA_SHAPE)).train()
 
 
 def arguments(directory: Path, **options) -> DASConfig:
@@ -84,6 +96,39 @@ def test_the_loss_is_that_of_transformers(build, tmp_path):
     torch.testing.assert_close(trainer.compute_loss(model, dict(whole), num_items_in_batch=count), expected)
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("build", [tiny_gpt2, tiny_llama, tiny_qwen2])
+def test_training_is_a_plain_loop(build, accumulation, tmp_path):
+    """Blocks of different lengths: every predicted token of a step counts alike, in the log and in the gradient."""
+    ids = random_blocks(24)["input_ids"]
+    blocks = Dataset.from_dict({"input_ids": [one[: 4 + index % 9] for index, one in enumerate(ids)]})
+    options = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
+    options |= {"per_device_train_batch_size": 4 // accumulation, "gradient_accumulation_steps": accumulation}
+    model, plain = build(), build()
+    args = arguments(tmp_path, **options, logging_steps=1)
+    trainer = ContinualTrainer(model, args, "naive", blocks, processing_class=build_tokenizer())
+    rows = [trainer.train_dataset[index]["input_ids"] for index in range(16)]
+    trainer.train()
+    losses = []
+    for step in range(4):
+        of_rows = []
+        for ids in rows[4 * step : 4 * step + 4]:
+            logits = plain(torch.as_tensor(ids)[None]).logits[0, :-1]
+            of_rows.append(F.cross_entropy(logits, torch.as_tensor(ids)[1:], reduction="sum"))
+        loss = sum(of_rows) / sum(len(ids) - 1 for ids in rows[4 * step : 4 * step + 4])
+        loss.backward()
+        losses.append(loss.item())
+        with torch.no_grad():
+            for parameter in plain.parameters():
+                parameter -= 0.1 * parameter.grad
+                parameter.grad = None
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["loss"] for entry in history] == pytest.approx(losses, rel=1e-4)
+    assert [entry["loss_clm"] for entry in history] == pytest.approx(losses, rel=1e-4)
+    for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=name)
+
+
 def test_transformers_does_not_warn_of_padding_on_the_right(tmp_path, monkeypatch):
     ContinualTrainer(tiny_gpt2(), arguments(tmp_path), processing_class=build_tokenizer())
     logger, heard = logging.getLogger("transformers.modeling_utils"), []
@@ -96,8 +141,6 @@ def test_transformers_does_not_warn_of_padding_on_the_right(tmp_path, monkeypatc
 
 def test_held_out_text_by_document_token_and_byte(tmp_path):
     """Against a loop over documents: nats, perplexity, bits per byte of what is predicted."""
-    from datasets import Dataset
-
     draw = random.Random(0)
     texts = [" ".join(f"w{draw.randrange(50)}" for _ in range(draw.randint(3, 25))) for _ in range(9)]
     model, tokenizer = tiny_llama(), build_tokenizer()

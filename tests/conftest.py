@@ -1,5 +1,6 @@
 """A tiny world: a word-level tokenizer, a RoBERTa of two layers, random blocks of token ids."""
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here is on a hub; without this, each miss is retried for long
@@ -85,6 +86,14 @@ def random_batch(lengths: list[int], seed: int = 0) -> dict[str, torch.Tensor]:
 def _one_thread():
     """Sums in one order, and no fight over cores with what else runs."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _imports_are_no_garbage():
+    """The Trainer collects garbage at the end of every run, which takes longer than these runs where it looks through
+    all that was imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -109,7 +109,7 @@ class DASConfig(TrainingArguments):
         memory_size (`int`, *optional*, defaults to `512`):
             Rows (blocks of text) that `replay`, `agem`, `gem` keep, and that `self_replay` writes.
         replay_ratio (`float`, *optional*, defaults to `0.05`):
-            Share of the training rows that come from the memory (`replay`, `self_replay`).
+            Share of the training rows that come from the memory (`replay`, `self_replay`; of both, each takes it).
         self_replay_target (`str`, *optional*, defaults to `"tokens"`):
             What the base model's text teaches: its `"tokens"`, or the base model's output `"distributions"`.
         self_replay_sweeps (`int`, *optional*, defaults to `8`):

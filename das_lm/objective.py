@@ -17,7 +17,7 @@ from das_lm.errors import UserError
 from das_lm.units.discovery import Units
 
 IGNORED = -100  # the label of a token that is not predicted
-OWN_COLUMNS = ("example_id", "document", "bytes", "replayed")  # of a batch, and no arguments of a model
+OWN_COLUMNS = ("example_id", "document", "bytes", "replayed_from")  # of a batch, and no arguments of a model
 
 
 @dataclass

@@ -89,7 +89,7 @@ class TrainingExamples(TrainingRows):
             parts[0] if len(parts) == 1 else {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         )
 
-    def row(self, rows: Any, domain: str, index: int, epoch: int) -> dict[str, torch.Tensor]:
+    def row(self, rows: Any, domain: Any, index: int, epoch: int) -> dict[str, torch.Tensor]:
         """One row, with its `example_id`."""
         return {**rows[index], "example_id": torch.tensor((addressed_seed(domain) >> 2) + index)}
 
@@ -97,12 +97,14 @@ class TrainingExamples(TrainingRows):
         """A batch in one go; see [`Examples.__getitems__`]."""
         epoch, positions = self._epoch.item(), np.asarray(positions)
         batch = self._rows.__getitems__(torch.from_numpy(self._ordered(epoch)[positions]))
-        replayed = self._replayed(epoch)
+        replayed = self._replayed(len(self), epoch)
         if replayed is None:
             return batch
-        batch["replayed"] = torch.from_numpy(replayed[positions] >= 0)
-        for place in batch["replayed"].nonzero()[:, 0].tolist():
-            for name, value in self.row(self.memory, "replay", int(replayed[positions[place]]), epoch).items():
+        numbers, rows = (part[positions] for part in replayed)
+        batch["replayed_from"] = torch.from_numpy(numbers)
+        for place in numbers.nonzero()[0].tolist():
+            row = self._recalled(int(numbers[place]), int(rows[place]), epoch, int(positions[place]))
+            for name, value in row.items():
                 batch[name][place] = value
         return batch
 

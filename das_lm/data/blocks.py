@@ -112,11 +112,10 @@ class TrainingRows(Dataset):
         self.domains = dict(domains)
         self.seed = seed
         self.schedule = schedule
-        self.memory: Any = None
-        self.replay_ratio = 0.0
+        self.memories: dict[str, tuple[Any, float]] = {}  # name -> rows, and their share; in the order of the names
         # In shared memory, so that data-loader workers that live for several epochs see it change.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        self._known: dict[str, tuple[int, np.ndarray]] = {}  # of the newest epoch: order, and what is replayed
+        self._known: dict[str, tuple[Any, Any]] = {}  # of the newest epoch: order, and what is replayed
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order; the Trainer calls it."""
@@ -128,15 +127,23 @@ class TrainingRows(Dataset):
         other._epoch, other._known = torch.tensor(epoch), {}
         return other
 
-    def replay(self, memory: Any, ratio: float) -> None:
+    def replay(self, name: str, memory: Any, share: float) -> None:
         """
-        Put rows of a memory in the place of a share of the rows, chosen by (seed, domains, epoch, position).
+        Put rows of a memory in the place of a share of the rows. Every row then has a number, `replayed_from`: 0 for
+        the domains' own, n for the n-th of the memories in the order of their names. Where a row of a memory stands
+        and which one it is depends on (seed, domains, epoch, position); its masks are of this draw alone.
 
         Args:
+            name: of the memory.
             memory: map-style data set of rows as the domains have them.
-            ratio: the share, in [0, 1].
+            share: in [0, 1]; that of all memories too.
         """
-        self.memory, self.replay_ratio, self._known = memory, ratio, {}
+        self.memories = dict(sorted({**self.memories, name: (memory, share)}.items()))
+        self._known = {}
+
+    def number_of(self, name: str) -> int:
+        """`replayed_from` of the rows of a memory."""
+        return 1 + list(self.memories).index(name)
 
     def __len__(self) -> int:
         return sum(len(rows) for rows in self.domains.values())
@@ -147,16 +154,16 @@ class TrainingRows(Dataset):
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         epoch = self._epoch.item()
-        replayed = self._replayed(epoch)
-        if replayed is not None and replayed[position] >= 0:
-            index = int(replayed[position])
-            return {**self.row(self.memory, "replay", index, epoch), "replayed": True}
+        replayed = self._replayed(len(self), epoch)
+        if replayed is not None and replayed[0][position]:
+            return self._recalled(int(replayed[0][position]), int(replayed[1][position]), epoch, position)
         domain, index = self._located(int(self._ordered(epoch)[position]))
         row = self.row(self.domains[domain], domain, index, epoch)
-        return row if replayed is None else {**row, "replayed": False}
+        return row if replayed is None else {**row, "replayed_from": 0}
 
-    def row(self, rows: Any, domain: str, index: int, epoch: int) -> dict[str, Any]:
-        """One row of a data set, with an `example_id` that fits int64."""
+    def row(self, rows: Any, domain: Any, index: int, epoch: int) -> dict[str, Any]:
+        """One row of a data set, with an `example_id` that fits int64; `domain`, whatever the data set is known by,
+        is part of its address."""
         return {**rows[index], "example_id": addressed_seed(domain, index) >> 1}
 
     def _located(self, index: int) -> tuple[str, int]:
@@ -180,16 +187,26 @@ class TrainingRows(Dataset):
             self._known["order"] = (epoch, order)
         return self._known["order"][1]
 
-    def _replayed(self, epoch: int) -> np.ndarray | None:
-        """Position in the epoch -> row of the memory that stands there, or −1; `None` where nothing is replayed."""
-        if self.memory is None or epoch < 0:
+    def _replayed(self, size: int, epoch: int, *window: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """Position in the epoch, or in a window of it, -> number of the memory that stands there, and its row, each
+        [size]; `None` where nothing is replayed."""
+        if not self.memories or epoch < 0:
             return None
-        if self._known.get("replayed", (None,))[0] != epoch:
-            draws = np.random.Generator(np.random.Philox(addressed_seed(self.seed, "replay", *self.domains, epoch)))
-            chosen = draws.random(len(self)) < self.replay_ratio
-            rows = draws.integers(len(self.memory), size=len(self))
-            self._known["replayed"] = (epoch, np.where(chosen, rows, -1))
+        address = (epoch, *window)
+        if self._known.get("replayed", (None,))[0] != address:
+            draws = np.random.Generator(np.random.Philox(addressed_seed(self.seed, "replay", *self.domains, *address)))
+            memories, shares = zip(*self.memories.values(), strict=True)
+            place = np.searchsorted(np.cumsum(shares), draws.random(size), side="right")  # the last: of no memory
+            rows = np.stack([draws.integers(len(memory), size=size) for memory in memories])
+            numbers = np.where(place < len(memories), place + 1, 0)
+            self._known["replayed"] = (address, (numbers, rows[numbers - 1, np.arange(size)]))
         return self._known["replayed"][1]
+
+    def _recalled(self, number: int, index: int, epoch: int, position: int) -> dict[str, Any]:
+        """A row of a memory, in a place that is its address beside (epoch, index)."""
+        name = list(self.memories)[number - 1]
+        row = self.row(self.memories[name][0], (name, *self.domains, position), index, epoch)
+        return {**row, "replayed_from": number}
 
 
 class TrainingBlocks(TrainingRows):
@@ -210,7 +227,7 @@ class TrainingBlocks(TrainingRows):
         super().__init__({name: blocks.with_format("numpy") for name, blocks in domains.items()}, seed, schedule)
         self.masking = masking
 
-    def row(self, rows: Any, domain: str, index: int, epoch: int) -> dict[str, Any]:
+    def row(self, rows: Any, domain: Any, index: int, epoch: int) -> dict[str, Any]:
         """A block with its masks and their labels, each [tokens]."""
         input_ids = np.asarray(rows[index]["input_ids"], dtype=np.int64)
         masked, labels = self.masking(input_ids, addressed_seed(self.seed, domain, epoch, index))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from das_lm.data.blocks import MLMMasking, NextTokens, TrainingBlocks, addressed_seed, permutation
+from das_lm.data.blocks import MLMMasking, NextTokens, TrainingBlocks, permutation
 from das_lm.data.packing import NO_TOKEN, cut, separator_of, special_tokens, text_room, tokenize, with_special_tokens
 from das_lm.data.readers import missing_column, text_of, to_row
 from das_lm.errors import UserError
@@ -177,12 +177,11 @@ class TrainingStream(TrainingBlocks):
         epoch, window = self._epoch.item() + place.epoch, place.block // self.shuffle_buffer
         index = self._shuffled(epoch, window, len(blocks))[local]
         row = self.row({place.block + index: {"input_ids": blocks[index]}}, self.domain, place.block + index, epoch)
-        if self.memory is None or epoch < 0:
+        replayed = self._replayed(len(blocks), epoch, window)
+        if replayed is None:
             return row
-        replayed = self._drawn(epoch, window, len(blocks))[local]
-        if replayed < 0:
-            return {**row, "replayed": False}
-        return {**self.row(self.memory, "replay", replayed, (epoch, window)), "replayed": True}
+        number, index = (int(part[local]) for part in replayed)
+        return self._recalled(number, index, epoch, position) if number else {**row, "replayed_from": 0}
 
     def available(self, count: int) -> int:
         """How many of the first `count` rows there are before the stream begins anew."""
@@ -214,15 +213,6 @@ class TrainingStream(TrainingBlocks):
             *address, size = window
             self._known["order"] = (window, permutation(size, self.seed, self.domain, *address).tolist())
         return self._known["order"][1]
-
-    def _drawn(self, *window: int) -> list[int]:
-        """Position in a window -> row of the memory that stands there, or −1."""
-        if self._known.get("replayed", (None,))[0] != window:
-            *address, size = window
-            draws = np.random.Generator(np.random.Philox(addressed_seed(self.seed, "replay", self.domain, *address)))
-            chosen, rows = draws.random(size) < self.replay_ratio, draws.integers(len(self.memory), size=size)
-            self._known["replayed"] = (window, np.where(chosen, rows, -1).tolist())
-        return self._known["replayed"][1]
 
     # ---- resuming --------------------------------------------------------------------------------------------------
 

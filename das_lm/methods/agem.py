@@ -27,9 +27,7 @@ class AGEM(Replay):
     """
 
     works_sharded = False
-
-    def begin_domain(self) -> None:
-        """The memory is not trained on."""
+    mixes = False
 
     @torch.no_grad()
     def change_gradient(self) -> None:
@@ -59,15 +57,17 @@ def add_to_gradient(trainer: ContinualTrainer, change: list[torch.Tensor], weigh
 def memory_gradient(trainer: ContinualTrainer, memory: Reservoir, name: str) -> list[torch.Tensor]:
     """
     The gradient of the loss on a batch of a memory, a tensor for every one of [`gradient`]: as many rows as a training
-    batch of all processes, or all there are. Rows and masks are a function of (seed, step) alone.
+    batch of all processes, or all there are. Rows are a function of (seed, name, step) alone, their masks of the
+    domains that are learned too.
 
     Args:
-        name: of the memory, the domain that its masks are addressed by.
+        name: of the memory.
     """
     args, step = trainer.args, trainer.state.global_step
     count = max(args.world_size, min(len(memory), args.per_device_train_batch_size * args.world_size))
     drawn = np.resize(permutation(len(memory), args.seed, name, step), count)[args.process_index :: args.world_size]
-    rows = [trainer.train_dataset.row(memory, name, int(index), step) for index in drawn]
+    data = trainer.train_dataset
+    rows = [data.row(memory, (name, *data.domains), int(index), step) for index in drawn]
     batch = {key: value.to(args.device) for key, value in trainer.data_collator(rows).items()}
     with torch.enable_grad():
         return trainer.gradient_of(batch)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from das_lm.errors import UserError
 from das_lm.methods.base import Method
 from das_lm.methods.memory import Reservoir
 
@@ -12,23 +13,33 @@ class Replay(Method):
     """
     `replay_ratio` of the training rows come from a memory of `memory_size` rows, a uniform sample of all domains so
     far. The number of steps stays, so that the domain itself is seen that much less: what a mix at a fixed budget is.
+    Beside [`SelfReplay`], each takes that share.
 
     Memory: `memory_size` rows; no forward pass more.
     """
 
     needs_domain_ends = True
+    #: Whether the memory is trained on.
+    mixes = True
 
     def __init__(self):
         self.memory: Reservoir | None = None
 
     def attach(self, trainer) -> None:
+        """Raises `UserError` where several memories would take more than all rows."""
+        memories = sum(isinstance(one, Replay) and one.mixes for one in trainer.methods)
+        if memories * trainer.args.replay_ratio > 1:
+            raise UserError(
+                f"replay_ratio: {trainer.args.replay_ratio} of the rows for each of {memories} memories is more than "
+                f"all of them; write at most {1 / memories:.2g}"
+            )
         if self.memory is None:
             self.memory = Reservoir(trainer.args.memory_size, trainer.args.seed)
         super().attach(trainer)
 
     def begin_domain(self) -> None:
-        if len(self.memory):
-            self.trainer.train_dataset.replay(self.memory, self.args.replay_ratio)
+        if self.mixes and len(self.memory):
+            self.trainer.train_dataset.replay(type(self).__name__, self.memory, self.args.replay_ratio)
 
     def end_domain(self) -> None:
         for rows in self.trainer.train_dataset.domains.values():

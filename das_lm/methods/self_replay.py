@@ -58,11 +58,14 @@ class SelfReplay(Replay):
         super().begin_domain()
 
     def change_losses(self, batch: Mapping[str, torch.Tensor], outputs: Output, losses: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy with the base model's distribution where a row is replayed."""
-        if self.teacher is None or not batch["replayed"].any():
+        """Cross-entropy with the base model's distribution where a row is replayed from this memory."""
+        if self.teacher is None:
             return losses
-        chosen = batch["replayed"][outputs.rows[: len(losses)]]  # [predictions]
-        rows = {name: batch[name][batch["replayed"]] for name in ("input_ids", "attention_mask", "labels")}
+        written = batch["replayed_from"] == self.trainer.train_dataset.number_of(type(self).__name__)  # [rows]
+        if not written.any():
+            return losses
+        chosen = written[outputs.rows[: len(losses)]]  # [predictions]
+        rows = {name: batch[name][written] for name in ("input_ids", "attention_mask", "labels")}
         taught = self.teacher(rows).logits.float().softmax(-1)
         ours = F.cross_entropy(outputs.logits[: len(losses)][chosen].float(), taught, reduction="none")
         return losses.masked_scatter(chosen, ours)

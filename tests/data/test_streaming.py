@@ -99,15 +99,22 @@ def test_what_is_replayed_is_a_function_of_the_window():
     stream = stream_of(make_documents(40), buffer=8)
     plain = [stream[position]["example_id"] for position in range(60)]
     memory = [{"input_ids": stream.block(index)} for index in range(4)]
-    stream.replay(memory, 0.25)
+    stream.replay("a", memory, 0.25)
     rows = [stream[position] for position in range(60)]
-    assert 5 <= sum(row["replayed"] for row in rows) <= 25
+    assert 5 <= sum(row["replayed_from"] for row in rows) <= 25
     for row, example in zip(rows, plain, strict=True):
-        assert (row["example_id"] == example) != row["replayed"]
+        assert (row["example_id"] == example) != row["replayed_from"]
     again = stream_of(make_documents(40), buffer=8)
-    again.replay(memory, 0.25)
+    again.replay("a", memory, 0.25)
     for position in (59, 17, 3):  # backwards, which reads again
         assert_same_row(again[position], rows[position])
+    again.replay("b", memory, 0.25)
+    both = [again[position]["replayed_from"] for position in range(60)]
+    assert [number == 1 for number in both] == [row["replayed_from"] == 1 for row in rows]
+    assert 5 <= both.count(2) <= 25
+    stream.replay("a", memory, 1.0)
+    drawn = [stream[position] for position in range(200)]  # over several epochs, of a handful of masks each
+    assert len({row["example_id"] for row in drawn}) == 200
 
 
 def test_a_document_longer_than_a_read_and_documents_without_a_token():

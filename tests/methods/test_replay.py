@@ -2,13 +2,16 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from das_lm import ContinualTrainer, DASConfig
+from das_lm.data.blocks import MLMMasking, TrainingBlocks, TrainingRows, addressed_seed
 from das_lm.errors import UserError
-from das_lm.methods import EMA, Interpolate, LwF, Replay, SelfReplay
+from das_lm.methods import EMA, METHODS, Interpolate, LwF, Replay, SelfReplay
+from das_lm.methods.agem import memory_gradient
 from das_lm.methods.memory import Reservoir
 from tests.conftest import BOS, EOS, MASK, VOCABULARY, build_tokenizer, random_blocks, tiny_roberta
 from tests.methods.test_every_method import Classifier, equal, parameters, rows
@@ -85,31 +88,104 @@ def test_the_stated_share_of_rows_is_replayed_and_the_rest_is_the_domain(tmp_pat
     earlier = {tuple(row["inputs"].tolist()) for row in rows(0, 50)}
     dataset = trainer.train_dataset
     seen = [dataset[position] for position in range(2000)]
-    replayed = [row for row in seen if row["replayed"]]
+    replayed = [row for row in seen if row["replayed_from"]]
     assert 160 < len(replayed) < 240
-    assert all((tuple(row["inputs"].tolist()) in earlier) == row["replayed"] for row in seen)
+    assert all((tuple(row["inputs"].tolist()) in earlier) == row["replayed_from"] for row in seen)
     assert len({tuple(row["inputs"].tolist()) for row in replayed}) == 20  # of a memory of that size, all come
-    again = [dataset[position]["replayed"] for position in range(2000)]
-    assert again == [row["replayed"] for row in seen]
+    again = [dataset[position]["replayed_from"] for position in range(2000)]
+    assert again == [row["replayed_from"] for row in seen]
     dataset.set_epoch(1)
-    assert [dataset[position]["replayed"] for position in range(2000)] != again
-    assert all("replayed" not in dataset.at(-3)[position] for position in range(5))  # importance is the domain's own
+    assert [dataset[position]["replayed_from"] for position in range(2000)] != again
+    assert all(
+        "replayed_from" not in dataset.at(-3)[position] for position in range(5)
+    )  # importance is the domain's own
 
 
-def test_replayed_text_is_masked_anew_every_epoch(tmp_path):
-    method = Replay()
-    options = {"memory_size": 4, "replay_ratio": 1.0, "importance_samples": 4, "learning_rate": 1e-3}
-    trainer_of(tmp_path, tiny_roberta(), method, random_blocks(8), **options).train()
-    trainer = trainer_of(tmp_path, tiny_roberta(), method, random_blocks(30, seed=1), **options)
-    trainer.train()
-    masks = set()
-    for epoch in range(8):
-        trainer.train_dataset.set_epoch(epoch)
-        for position in range(30):
-            row = trainer.train_dataset[position]
-            assert row["replayed"]
-            masks.add((row["example_id"], tuple(row["labels"].tolist())))
-    assert len(masks) > 3 * len({example for example, _ in masks})
+def test_every_draw_of_a_replayed_row_has_masks_of_its_own():
+    """Also in the same epoch, and in the next domain: 720 draws of 4 rows of 30 words. Dropout is addressed by
+    `example_id`, which is the draw's own too."""
+    memory = random_blocks(4, length=32).with_format("numpy")
+    seen = set()
+    for domain in ("bio", "cs"):
+        data = TrainingBlocks({domain: random_blocks(180, length=32)}, MLMMasking(build_tokenizer(), 0.15), seed=0)
+        data.replay("Replay", memory, 1.0)
+        for epoch in range(2):
+            data.set_epoch(epoch)
+            drawn = [data[position] for position in range(180)]
+            assert len({row["example_id"] for row in drawn}) == 180
+            seen |= {(tuple(row["input_ids"].tolist()), tuple(row["labels"].tolist())) for row in drawn}
+            assert all(np.array_equal(a["labels"], data[p]["labels"]) for p, a in enumerate(drawn))
+    assert len(seen) > 700
+
+
+def test_the_masks_of_a_remembered_row_are_those_of_its_domain_and_step(tmp_path):
+    """What A-GEM and GEM take the gradient on, of one memory at the same step of two domains: the same rows, masked
+    anew."""
+    batches = []
+    for domain in ("bio", "cs"):
+        trainer = trainer_of(tmp_path, tiny_roberta(), "naive", random_blocks(8, length=32), max_length=32)
+        trainer.train_dataset.domains = {domain: trainer.train_dataset.domains["domain"]}
+        trainer.gradient_of = batches.append
+        memory_gradient(trainer, random_blocks(4, length=32).with_format("numpy"), "memory")
+    first, second = ({n: b[n] for n in ("input_ids", "labels")} for b in batches)
+    texts = [torch.where(b["labels"] >= 0, b["labels"], b["input_ids"]) for b in (first, second)]
+    assert torch.equal(*texts) and not equal(first, second)
+
+
+def test_two_memories_have_a_share_each_whatever_their_order():
+    """Of 4,000 rows, 10 % come from one and 30 % from the other; every row says from which; the rows of one memory
+    alone stand where they did before there were two."""
+    parts = {"d": rows(0, 4000), "a": rows(1, 5), "b": rows(2, 7)}
+    origin = {tuple(row["inputs"].tolist()): (n, i) for n, part in parts.items() for i, row in enumerate(part)}
+
+    def seen(*names: str) -> list[tuple[str, int, int]]:
+        data = TrainingRows({"d": parts["d"]}, seed=3)
+        for name in names:
+            data.replay(name, parts[name], {"a": 0.1, "b": 0.3}[name])
+        drawn = [data[position] for position in range(4000)]
+        return [(*origin[tuple(row["inputs"].tolist())], row["replayed_from"]) for row in drawn]
+
+    both = seen("a", "b")
+    assert {(name, number) for name, _, number in both} == {("d", 0), ("a", 1), ("b", 2)}
+    assert both == seen("b", "a")
+    counts = [sum(number == one for *_, number in both) for one in (1, 2)]
+    assert abs(counts[0] - 400) < 60 and abs(counts[1] - 1200) < 90  # three standard deviations
+    draws = np.random.Generator(np.random.Philox(addressed_seed(3, "replay", "d", 0)))
+    chosen, rows_of_a = draws.random(4000) < 0.1, draws.integers(5, size=4000)
+    for drawn in (seen("a"), both):
+        assert [row if number == 1 else None for _, row, number in drawn] == [
+            row if one else None for one, row in zip(chosen, rows_of_a, strict=True)
+        ]
+
+
+def test_replay_and_self_replay_train_on_both_memories_and_distributions_teach_their_own_rows(tmp_path):
+    """In either order of the methods, and the tokens of real text stay what is taught of it."""
+    weights = []
+    for names in (["replay", "self_replay"], ["self_replay", "replay"]):
+        model, methods = tiny_roberta(), [METHODS[name]() for name in names]
+        options = {"memory_size": 8, "replay_ratio": 0.4, "self_replay_target": "distributions"}
+        trainer_of(tmp_path, model, methods, random_blocks(24), **options).train()
+        trainer = trainer_of(tmp_path, model, methods, random_blocks(24, seed=1), **options)
+        method, seen = methods[names.index("self_replay")], []
+        change = method.change_losses
+        method.change_losses = lambda batch, outputs, losses, seen=seen, change=change: (
+            seen.append((batch, outputs, losses, change(batch, outputs, losses))) or seen[-1][-1]
+        )
+        trainer.train()
+        weights.append(parameters(model))
+        came = torch.cat([batch["replayed_from"] for batch, *_ in seen])
+        assert set(came.tolist()) == {0, 1, 2}
+        for batch, outputs, before, after in seen:
+            written = batch["replayed_from"][outputs.rows] == trainer.train_dataset.number_of("SelfReplay")
+            assert torch.equal(before[~written], after[~written])
+            assert (before[written] != after[written]).all()
+    assert equal(*weights)
+
+
+def test_memories_that_take_more_than_all_rows_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"replay_ratio: 0\.6 .* each of 2 memories .* at most 0\.5"):
+        trainer_of(tmp_path, tiny_roberta(), ["replay", "self_replay"], random_blocks(24), replay_ratio=0.6)
+    trainer_of(tmp_path, tiny_roberta(), ["replay", "agem"], random_blocks(24), replay_ratio=0.6)
 
 
 # ---- self-written text ---------------------------------------------------------------------------------------------
@@ -161,7 +237,7 @@ def test_distributions_teach_in_place_of_the_tokens(tmp_path):
     )
     trainer.train()
     batch, outputs, before, after = seen[-1]
-    replayed = batch["replayed"][outputs.rows]
+    replayed = batch["replayed_from"][outputs.rows] == 1
     assert 0 < replayed.sum() < len(replayed)
     assert torch.equal(before[~replayed], after[~replayed])
     logits = base(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[batch["labels"] != -100]

@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 
 from das_lm.errors import UserError
-from das_lm.units.importance import NORMALIZATIONS
+from das_lm.units.importance import ACCUMULATIONS, NORMALIZATIONS
 
-ACCUMULATIONS = ("absolute", "signed")
 PROXIES = ("hidden", "logits")
 SOFT_MASK_TARGETS = ("update", "gradient")
 UNIT_KINDS = ("head", "intermediate", "output")
@@ -52,7 +51,7 @@ class DASConfig(TrainingArguments):
         importance_normalization (`str`, *optional*, defaults to `"paper"`):
             How the raw importance of one layer and kind becomes a mask in [0, 1]: `"paper"` is |tanh(z)| of the
             standardised values (equation 4), which also protects the *least* important units; `"rank"` and
-            `"positive"` (max(0, tanh z)) keep the order.
+            `"positive"` (max(0, tanh z)) keep the order of its absolute values.
         importance_accumulation (`str`, *optional*, defaults to `"absolute"`):
             `"absolute"` averages |∂L/∂g| per example (equation 3); `"signed"` averages ∂L/∂g, as the authors' code.
         proxy (`str`, *optional*, defaults to `"hidden"`):

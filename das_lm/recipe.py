@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
+import itertools
 import math
 import re
 import typing
@@ -154,6 +155,21 @@ class Recipe:
                     f"domain '{domain.name}' is streamed, and how long it is, is not known: write max_steps, such as "
                     "max_steps: 1000"
                 )
+        return training
+
+    @field_validator("training")
+    @classmethod
+    def _check_importance(cls, training: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        from das_lm.config import DASConfig
+
+        for before, domain in itertools.pairwise(info.data.get("domains", [])):
+            for key in ("importance_normalization", "importance_accumulation"):
+                ways = [{**training, **one.training}.get(key, getattr(DASConfig, key)) for one in (before, domain)]
+                if "importance" not in domain.training and ways[0] != ways[1]:
+                    raise ValueError(
+                        f"domain '{domain.name}' has {key} '{ways[1]}', and '{before.name}', whose importance it "
+                        f"takes over, '{ways[0]}': write the same for both"
+                    )
         return training
 
     @field_validator("peft")

@@ -376,6 +376,16 @@ def test_mistakes(case):
     assert message in fail(MINIMAL.replace(old, new, 1))
 
 
+def test_importance_of_one_domain_after_another_is_measured_in_one_way():
+    text = MINIMAL.replace("{max_steps: 7}", "{importance_normalization: rank}")
+    message = (
+        "training: domain 'cs' has importance_normalization 'rank', and 'bio', whose importance it takes over, 'pa"
+    )
+    assert message in fail(text)
+    load_recipe(write(text.replace("max_steps: 5", "importance_normalization: rank")))
+    load_recipe(write(text.replace("rank}", "rank, importance: proxy}")))
+
+
 @pytest.mark.parametrize(
     "text, message",
     [

@@ -29,6 +29,7 @@ from das_lm.files import newest_checkpoint
 from das_lm.units import Units, gated
 from das_lm.units.importance import FILE_NAME
 from tests.conftest import VOCABULARY, WORDS, build_tokenizer, random_blocks, tiny_roberta
+from tests.helpers import rewrite_importance
 from tests.methods.test_every_method import METHOD_KNOBS
 
 TOKENIZER = build_tokenizer()
@@ -319,7 +320,7 @@ def test_every_field_changes_something(field, baselines, tmp_path):
     value, observables, shared = KNOBS[field]
     if field == "importance":
         units = Units(tiny_roberta())
-        Importance("rank", {k: torch.full((n,), 0.3) for k, n in units.sizes.items()}, domains=["elsewhere"]).save(
+        Importance("paper", {k: torch.full((n,), 0.3) for k, n in units.sizes.items()}, domains=["elsewhere"]).save(
             tmp_path / FILE_NAME, units
         )
         value = str(tmp_path / FILE_NAME)
@@ -862,6 +863,37 @@ def test_saved_model(saved):
     assert state["mean_importance"] == importance_of(run).saturation()
     loaded = Importance.load(directory, run.units)
     assert_equal(loaded.values, importance_of(run).values)
+
+
+@pytest.mark.parametrize(
+    "options", [{"importance_normalization": "rank"}, {"importance_accumulation": "signed"}], ids=lambda one: [*one][0]
+)
+def test_importance_that_was_measured_in_another_way_is_refused(options, saved, tmp_path):
+    """From a path, beside the model, of the same object's last domain, and in a checkpoint."""
+    directory, run = saved
+    ((key, value),) = options.items()
+    known = {"importance_normalization": "paper", "importance_accumulation": "absolute"}[key]
+    message = rf"measured with {key} '{known}', and '{value}' is asked for: write {key}: {known}, or importance: proxy"
+    model = AutoModelForMaskedLM.from_pretrained(directory)
+    for given in ({"importance": str(directory)}, {"model": model}, {"method": run.methods}):
+        with pytest.raises(UserError, match=message):
+            trainer_of(tmp_path, **given, **options)
+    fresh = trainer_of(tmp_path, **options)
+    with pytest.raises(UserError, match=message):
+        fresh.methods[0].load(directory)
+    fresh = trainer_of(tmp_path, model=model, importance="proxy", **options)
+    assert fresh.methods[0].importance is None
+    fresh.train()
+    assert getattr(importance_of(fresh), key.removeprefix("importance_")) == value
+
+
+def test_importance_of_an_old_file_is_taken_as_the_run_says(saved, tmp_path, caplog):
+    directory, run = saved
+    rewrite_importance(directory / FILE_NAME, tmp_path / "old.safetensors", accumulation=None)
+    options = {"importance": str(tmp_path / "old.safetensors"), "importance_accumulation": "signed"}
+    for _ in range(2):
+        assert importance_of(trainer_of(tmp_path, **options)).accumulation == "signed"
+    assert caplog.text.count("does not say its importance_accumulation: 'signed' is taken") == 1
 
 
 def test_importance_beside_the_model_is_found(saved, tmp_path):

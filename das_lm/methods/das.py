@@ -58,6 +58,7 @@ class DAS(Method):
             where = str(self.beside(FILE_NAME) or "proxy")
         if where != "proxy" and self.importance is None:
             self.importance = Importance.load(where, self.units)
+        self._check_importance()
         if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in self.units.model.parameters()):
             logger.warning(
                 "the model has half-precision parameters, in which small masked updates are lost: load it with "
@@ -124,6 +125,7 @@ class DAS(Method):
 
     def load(self, directory: Path) -> None:
         self.importance = Importance.load(directory, self.units)
+        self._check_importance()
 
     def state(self) -> dict[str, Any]:
         if self.importance is None:
@@ -132,8 +134,29 @@ class DAS(Method):
 
     # ---- importance ------------------------------------------------------------------------------------------------
 
+    def _check_importance(self) -> None:
+        """
+        The importance of domains can be compared only if it was measured in one way.
+
+        Raises:
+            UserError: what is known was measured in another way than this run would.
+        """
+        for name in ("normalization", "accumulation"):
+            known, ours = getattr(self.importance, name, None), getattr(self.args, f"importance_{name}")
+            if self.importance is not None and known is None:
+                logger.warning_once(
+                    f"the importance that is loaded does not say its importance_{name}: '{ours}' is taken for it"
+                )
+                setattr(self.importance, name, ours)
+            elif known not in (None, ours):
+                raise UserError(
+                    f"importance: what is known ({', '.join(self.importance.domains)}) was measured with "
+                    f"importance_{name} '{known}', and '{ours}' is asked for: write importance_{name}: {known}, or "
+                    "importance: proxy to measure it anew"
+                )
+
     def _known_importance(self) -> Importance:
-        importance = Importance(self.args.importance_normalization)
+        importance = Importance(self.args.importance_normalization, accumulation=self.args.importance_accumulation)
         importance.accumulate("general", self._proxy_importance())
         return importance
 

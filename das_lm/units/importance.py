@@ -21,6 +21,7 @@ from das_lm.units.sharding import in_step, recording
 FILE_NAME = "importance.safetensors"
 FORMAT_VERSION = 1
 NORMALIZATIONS = ("paper", "rank", "positive")
+ACCUMULATIONS = ("absolute", "signed")
 
 
 def measure_importance(
@@ -76,10 +77,12 @@ def normalize(raw: torch.Tensor, how: str) -> torch.Tensor:
     """
     Raw importance of one layer and kind, shape [units], as importance in [0, 1]. A constant vector becomes zeros.
 
-    `"paper"` is |tanh(z)| of the standardised values (equation 4). Since raw importance is not negative, units far
+    `"paper"` is |tanh(z)| of the standardised values (equation 4). Where raw importance is not negative, units far
     *below* the mean get a large value too. `"positive"`, max(0, tanh z), and `"rank"`, the rank over units − 1 (ties
-    share their mean rank), keep the order.
+    share their mean rank), keep the order of |raw|: of signed gradients, a strong negative one is important.
     """
+    if how != "paper":
+        raw = raw.abs()
     if raw.max() == raw.min():
         return torch.zeros_like(raw)
     if how == "rank":
@@ -100,12 +103,14 @@ class Importance:
         by_domain: the same of every domain alone, I^(0), I^(1), …
         domains: what was accumulated, in order; the proxy before the first domain is called `"general"`.
         normalization: how raw importance became importance.
+        accumulation: how gradients became raw importance; `None` if a file does not say.
     """
 
     normalization: str
     values: dict[str, torch.Tensor] = field(default_factory=dict)
     by_domain: list[dict[str, torch.Tensor]] = field(default_factory=list)
     domains: list[str] = field(default_factory=list)
+    accumulation: str | None = "absolute"
 
     def accumulate(self, domain: str, raw: Mapping[str, torch.Tensor]) -> None:
         """Take in a domain: I^(≤t) = max(I^(≤t−1), I^(t)), element-wise (equation 7, EMax)."""
@@ -168,6 +173,7 @@ class Importance:
             "units": json.dumps(units.sizes),
             "domains": json.dumps(self.domains),
             "normalization": self.normalization,
+            **({"accumulation": self.accumulation} if self.accumulation else {}),
         }
         write_tensors(path, tensors, metadata)
 
@@ -217,9 +223,12 @@ class Importance:
                 raise ValueError(f"there are {len(domains)} domains, and importance of {len(by_domain)}")
             if metadata["normalization"] not in NORMALIZATIONS:
                 raise ValueError(f"there is no normalization '{metadata['normalization']}'")
+            accumulation = metadata.get("accumulation")  # which the first files did not say
+            if accumulation not in (None, *ACCUMULATIONS):
+                raise ValueError(f"there is no accumulation '{accumulation}'")
         except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"importance: {path} is not as das-lm writes it ({error}); use 'proxy' instead") from None
-        return cls(metadata["normalization"], values, by_domain, domains)
+        return cls(metadata["normalization"], values, by_domain, domains, accumulation)
 
 
 def _rank_correlation(values: torch.Tensor) -> list[list[float]]:

@@ -18,6 +18,7 @@ from das_lm.objective import run_language_model
 from das_lm.units import Architecture, Units
 from das_lm.units.importance import FILE_NAME, Importance, measure_importance, normalize
 from tests.conftest import VOCABULARY, random_batch, random_blocks, tiny_roberta
+from tests.helpers import rewrite_importance
 
 # ---- by hand -------------------------------------------------------------------------------------------------------
 
@@ -207,6 +208,16 @@ def test_normalize(how, expected):
     torch.testing.assert_close(normalize(RAW, how), torch.tensor(expected))
 
 
+def test_a_strong_negative_gradient_is_important_in_order():
+    """Signed gradients as `rank` and `positive` order them: by their absolute value. `paper` takes the sign."""
+    signed = torch.tensor([-3.0, 0.5, 2.0, -1.0])
+    torch.testing.assert_close(normalize(signed, "rank"), torch.tensor([1, 0, 2 / 3, 1 / 3]))
+    torch.testing.assert_close(normalize(signed, "positive"), normalize(signed.abs(), "positive"))
+    assert normalize(signed, "positive").argmax() == 0 and normalize(signed, "positive")[0] > 0.8
+    z = (signed - signed.mean()) / signed.std()
+    torch.testing.assert_close(normalize(signed, "paper"), z.tanh().abs())
+
+
 @pytest.mark.parametrize("how", ["paper", "rank", "positive"])
 def test_constant_becomes_zeros(how):
     """Also a single unit: neither NaN nor a mask."""
@@ -296,7 +307,7 @@ def test_maps_are_what_people_look_at():
 def saved(tmp_path):
     """Units, importance of two domains, and the directory where it was saved."""
     units = Units(tiny_roberta())
-    importance, generator = Importance("positive"), torch.Generator().manual_seed(0)
+    importance, generator = Importance("positive", accumulation="signed"), torch.Generator().manual_seed(0)
     for domain in ("general", "bio"):
         importance.accumulate(domain, {k: torch.rand(n, generator=generator) for k, n in units.sizes.items()})
     importance.save(tmp_path / FILE_NAME, units)
@@ -307,7 +318,10 @@ def test_round_trip(saved):
     units, importance, directory = saved
     for path in (directory, directory / FILE_NAME, str(directory)):
         loaded = Importance.load(path, units)
-        assert loaded.normalization == "positive" and loaded.domains == ["general", "bio"]
+        assert (loaded.normalization, loaded.accumulation) == ("positive", "signed") and loaded.domains == [
+            "general",
+            "bio",
+        ]
         assert len(loaded.by_domain) == 2
         parts = zip([loaded.values, *loaded.by_domain], [importance.values, *importance.by_domain], strict=True)
         for ours, theirs in parts:
@@ -323,7 +337,7 @@ def test_metadata(saved):
         metadata = file.metadata()
     assert metadata["version"] == "1" and metadata["model_type"] == "roberta"
     assert json.loads(metadata["units"]) == units.sizes and json.loads(metadata["domains"]) == ["general", "bio"]
-    assert metadata["normalization"] == "positive"
+    assert metadata["normalization"] == "positive" and metadata["accumulation"] == "signed"
 
 
 @pytest.mark.parametrize(
@@ -376,11 +390,17 @@ def test_missing_file(saved, tmp_path):
         Importance.load(saved[2], saved[0])
 
 
+def test_a_file_of_before_does_not_say_how_gradients_were_accumulated(saved):
+    rewrite_importance(saved[2] / FILE_NAME, saved[2] / FILE_NAME, accumulation=None)
+    assert Importance.load(saved[2], saved[0]).accumulation is None
+    rewrite_importance(saved[2] / FILE_NAME, saved[2] / FILE_NAME, accumulation="cubed")
+    with pytest.raises(UserError, match="there is no accumulation 'cubed'"):
+        Importance.load(saved[2], saved[0])
+
+
 def test_newer_version(saved):
     path = saved[2] / FILE_NAME
-    with safe_open(path, framework="pt") as file:
-        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    save_file(tensors, path, {**metadata, "version": "2"})
+    rewrite_importance(path, path, version="2")
     with pytest.raises(UserError, match="has version 2; this release reads 1"):
         Importance.load(path, saved[0])
 

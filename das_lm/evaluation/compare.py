@@ -15,12 +15,12 @@ from dataclasses import MISSING, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.markup import escape
 
 from das_lm.errors import UserError, did_you_mean
 from das_lm.evaluation.forgetting import FILE_NAME, LOWER_IS_BETTER, MEASURES, Results
+from das_lm.evaluation.frontier import Frontier
 from das_lm.evaluation.intervals import Estimate
 from das_lm.evaluation.tables import console_table, markdown_tables
 from das_lm.files import write_json, write_text
@@ -29,7 +29,6 @@ COMPARISON_NAME, TABLE_NAME = "comparison.json", "table.md"
 #: Figures of `summarize` that are shown -> their names here.
 FIGURES = {"gain": "gain", "drift": "drift", "forgetting_rate": "forgetting", "average": "final average"}
 COSTS = ("drift", "forgetting_rate")
-THAN = "than the reference"
 #: Training arguments that make no other configuration: the seeds, and what changes no number.
 NO_SETTINGS = {
     *("seed", "data_seed", "disable_tqdm", "report_to", "run_name", "use_cpu", "per_device_eval_batch_size"),
@@ -38,6 +37,9 @@ NO_SETTINGS = {
 }
 #: Scores of the base model that differ by less, relatively, are the same: devices round differently.
 SAME = 1e-3
+#: Runs of the reference further apart, relative to the gain between them, give no verdict: of how the frontier runs in
+#: between they say too little. Learning rates a factor of √2 apart are usually near enough.
+NEAR = 0.15
 
 
 # ---- runs ----------------------------------------------------------------------------------------------------------
@@ -353,28 +355,17 @@ def _curves(configurations: Sequence[Configuration]) -> list[Curve]:
 # ---- at equal gain -------------------------------------------------------------------------------------------------
 
 
-def at_gain(reference: Sequence[tuple[float, float]], gain: float) -> float | None:
-    """
-    What the reference loses at a gain, on straight lines between its runs and never beyond them.
-
-    Args:
-        reference: (gain, loss) of each of its runs, in any order.
-        gain: where to look.
-    """
-    gains, values = zip(*sorted(reference), strict=True)
-    value = np.interp(gain, gains, values, left=np.nan, right=np.nan)
-    return None if np.isnan(value) else float(value)
-
-
 def _up_to_its_peak(curve: Curve) -> Curve:
-    """A reference without what lies past its peak: what gained less than its best, and yet lost more."""
-    peak = max(curve.configurations, key=lambda one: one.estimate("gain").mean)
-    costs = [figure for figure in COSTS if peak.estimate(figure) is not None]
+    """A reference from the end of its curve that loses less up to the run that gains most; of equal ones the first."""
+    runs = curve.configurations
+    if _lost(runs[-1]) < _lost(runs[0]):
+        runs = runs[::-1]
+    peak = max(runs, key=lambda one: (one.estimate("gain").mean, -_lost(one)))
+    return replace(curve, configurations=runs[: runs.index(peak) + 1])
 
-    def lost_more(one: Configuration) -> bool:
-        return bool(costs) and all(one.estimate(figure).mean > peak.estimate(figure).mean for figure in costs)
 
-    return replace(curve, configurations=[one for one in curve.configurations if not lost_more(one)])
+def _lost(one: Configuration) -> float:
+    return sum(estimate.mean for estimate in map(one.estimate, COSTS) if estimate)
 
 
 @dataclass
@@ -387,22 +378,35 @@ class AtEqualGain:
         differences: `drift` and `forgetting_rate` -> what is lost more than by the reference, over the seeds; `None`
             where it is not measured.
         seeds: those in which the reference reaches the gain.
+        nearest: how much less and how much more the nearest runs of the reference gain, mean over these seeds.
+        runs: of the reference in a seed, the fewest.
         problem: why there is no seed.
     """
 
     configuration: Configuration
     differences: dict[str, Estimate | None]
     seeds: list[str]
+    nearest: tuple[float, float] | None = None
+    runs: int = 0
     problem: str = ""
 
+    @property
+    def doubt(self) -> str:
+        """Why the reference allows no verdict, if it does not."""
+        if self.nearest is None:
+            return ""
+        if sum(self.nearest) > NEAR * self.configuration.estimate("gain").mean:
+            return f"its nearest runs are further apart than {NEAR:.0%} of the gain"
+        return "two runs do not show how much it bends between them" if self.runs < 3 else ""
 
-def verdict(difference: Estimate) -> str:
-    """What a difference to the reference says, in words."""
-    if difference.half is None:
-        return "one seed: no verdict"
-    if abs(difference.mean) <= difference.half:
-        return "no difference that stands out"
-    return "less" if difference.mean < 0 else "more"
+    def verdict(self, figure: str) -> str:
+        """What a difference to the reference says, in words."""
+        difference = self.differences[figure]
+        if self.doubt or difference.half is None:
+            return "no verdict"
+        if abs(difference.mean) <= difference.half:
+            return "unclear"
+        return "less" if difference.mean < 0 else "more"
 
 
 # ---- the comparison ------------------------------------------------------------------------------------------------
@@ -461,25 +465,31 @@ class Comparison:
         return curves
 
     def at_equal_gain(self) -> list[AtEqualGain]:
-        """All configurations but the reference's against it, seed by seed."""
-        if self.reference is None:
+        """All configurations but the reference's against it, seed by seed, in each up to the reference's peak."""
+        if self.reference is None or not self._measured(COSTS):
             return []
         others = (curve for curve in self.curves if curve.name != self.reference.name)
         return [self._at_equal_gain(one, self.reference) for curve in others for one in curve.configurations]
 
     def _at_equal_gain(self, configuration: Configuration, reference: Curve) -> AtEqualGain:
         differences: dict[str, list[float]] = {figure: [] for figure in COSTS}
-        seeds, paired = [], False
+        seeds, nearest, counts, paired = [], [], [], False
         for seed, own in configuration.figures.items():
             runs = [one.figures[seed] for one in reference.configurations if seed in one.figures]
             paired |= bool(runs)
-            gains = [run["gain"] for run in runs]
-            if runs and min(gains) <= own["gain"] <= max(gains):
-                seeds.append(seed)
-                for figure in COSTS:
-                    if own[figure] is not None:
-                        expected = at_gain([(run["gain"], run[figure]) for run in runs], own["gain"])
-                        differences[figure].append(own[figure] - expected)
+            runs = runs[: max(range(len(runs)), key=lambda at, runs=runs: (runs[at]["gain"], at), default=0) + 1]
+            gains = {run["gain"] for run in runs}
+            if not runs or not min(gains) <= own["gain"] <= max(gains):
+                continue
+            seeds.append(seed)
+            counts.append(len(gains))
+            below = max(gain for gain in gains if gain <= own["gain"])
+            above = min(gain for gain in gains if gain >= own["gain"])
+            nearest.append((own["gain"] - below, above - own["gain"]))
+            for figure in COSTS:
+                if own[figure] is not None:
+                    expected = Frontier((run["gain"], run[figure]) for run in runs).loss(own["gain"])
+                    differences[figure].append(own[figure] - expected)
         estimates = {figure: Estimate.of(values) if values else None for figure, values in differences.items()}
         problem = ""
         if not paired:
@@ -489,7 +499,10 @@ class Comparison:
             ends = ascending[0], ascending[-1]
             gain, *reached = (self._number(one.estimate("gain").mean) for one in (configuration, *ends))
             problem = f"no equal gain: gain {gain}, the reference reaches {reached[0]} to {reached[1]}"
-        return AtEqualGain(configuration, estimates, seeds, problem)
+        if not seeds:
+            return AtEqualGain(configuration, estimates, seeds, problem=problem)
+        below, above = (sum(side) / len(seeds) for side in zip(*nearest, strict=True))
+        return AtEqualGain(configuration, estimates, seeds, (below, above), min(counts))
 
     # ---- for people ------------------------------------------------------------------------------------------------
 
@@ -508,19 +521,17 @@ class Comparison:
         for one in self.configurations:
             figures.append([one.label, str(len(one.runs)), *(self._cell(one.estimate(figure)) for figure in shown)])
         tables = {f"Gain, and what it cost ({self.unit})": figures}
-        compared = [["run", "seeds", *(cell for figure in costs for cell in (FIGURES[figure], THAN))]]
+        compared = [["run", "gain", *(FIGURES[figure] for figure in costs)]]
         for one in self.at_equal_gain():
-            cells = [cell for figure in costs for cell in self._against(one.differences[figure])]
-            if one.problem and cells:
-                cells[1] = one.problem
-            seeds = f"{len(one.seeds)} of {len(one.configuration.runs)}"
-            compared.append([one.configuration.label, seeds, *cells])
+            gain = self._number(one.configuration.estimate("gain").mean)
+            compared.append([one.configuration.label, gain, *(self._against(one, figure) for figure in costs)])
         if len(compared) > 1:
             tables[f"At equal gain, minus {self.reference.name} ({self.unit})"] = compared
         return tables
 
-    def _against(self, difference: Estimate | None) -> list[str]:
-        return ["–", "–"] if difference is None else [self._cell(difference, "+"), verdict(difference)]
+    def _against(self, one: AtEqualGain, figure: str) -> str:
+        difference = one.differences[figure]
+        return "–" if difference is None else f"{self._cell(difference, '+')} {one.verdict(figure)}"
 
     def findings(self) -> list[str]:
         """What every configuration forgets at equal gain, in words."""
@@ -530,12 +541,17 @@ class Comparison:
                 found.append(f"{one.configuration.label}: {one.problem}.")
                 continue
             gain = self._number(one.configuration.estimate("gain").mean)
-            words = [f"{one.configuration.label}, at the gain of {gain} against {self.reference.name}"]
-            for figure, difference in one.differences.items():
-                if difference is not None:
-                    words.append(f"{FIGURES[figure]} {self._cell(difference, '+')} ({verdict(difference)})")
+            below, above = map(self._number, one.nearest)
+            words = ", ".join(
+                f"{FIGURES[figure]} {self._cell(difference, '+')} ({one.verdict(figure)})"
+                for figure, difference in one.differences.items()
+                if difference is not None
+            )
+            doubt = f" No verdict: {one.doubt}; run it with values in between." if one.doubt else ""
             found.append(
-                f"{words[0]}: {', '.join(words[1:])}; {len(one.seeds)} of {len(one.configuration.runs)} seeds."
+                f"{one.configuration.label}, at the gain of {gain} against {self.reference.name}: {words}; "
+                f"{len(one.seeds)} of {len(one.configuration.runs)} seeds. The nearest runs of {self.reference.name} "
+                f"gain {below} less and {above} more.{doubt}"
             )
         return found
 
@@ -552,8 +568,8 @@ class Comparison:
         if self.reference:
             lines.append(
                 f"Whatever slows learning also forgets less, so the others are compared with {self.reference.name} at "
-                "equal gain: seed by seed, on straight lines between its runs and never beyond them; negative is "
-                "better than the reference."
+                "equal gain: seed by seed, on the convex curve below its runs up to the one that gains most. "
+                "Negative is better: less, more where the interval leaves out 0."
             )
         return " ".join(lines)
 
@@ -561,7 +577,7 @@ class Comparison:
         """Show it."""
         console = console or Console(highlight=False)
         for title, rows in self.tables().items():
-            console.print(console_table(title, rows, words=(THAN,)))
+            console.print(console_table(title, rows))
         for line in [self.reading(), *self.findings(), *self.notes]:
             console.print(escape(line), soft_wrap=True)
 
@@ -590,9 +606,11 @@ class Comparison:
                 {
                     "run": one.configuration.label,
                     "seeds": one.seeds,
+                    "nearest": one.nearest and dict(zip(("below", "above"), one.nearest, strict=True)),
+                    "doubt": one.doubt or None,
                     "problem": one.problem or None,
                     **as_json(one.differences),
-                    "verdict": {FIGURES[f]: value and verdict(value) for f, value in one.differences.items()},
+                    "verdict": {FIGURES[f]: value and one.verdict(f) for f, value in one.differences.items()},
                 }
                 for one in self.at_equal_gain()
             ],
@@ -673,7 +691,7 @@ def _reference(curves: Sequence[Curve], name: str | None) -> tuple[Curve | None,
     longest = max(found, key=lambda curve: len(curve.configurations))
     curve = _up_to_its_peak(longest)
     left = [one.label for one in longest.configurations if one not in curve.configurations]
-    notes = [f"Past the peak of {curve.name}, gaining less and losing more, no reference: {', '.join(left)}."]
+    notes = [f"Past the peak of what {curve.name} gains, no reference: {', '.join(left)}."]
     if len(curve.configurations) == 1:
         advice = "runs of it with several learning rates (das-lm sweep) would be a reference"
         return None, [*notes[: len(left)], f"No comparison at equal gain: {curve.name} has one gain only; {advice}."]

@@ -16,11 +16,12 @@ from das_lm.data.embedded import MODELS
 from das_lm.errors import UserError
 from das_lm.evaluation.forgetting import FIGURES, Results
 from das_lm.files import write_text
+from das_lm.methods import files_with_training_text
 from das_lm.units.importance import FILE_NAME as IMPORTANCE_NAME
 
 FILE_NAME = "README.md"
 #: What a push leaves out: what only a resumed run reads, and the training text that the memories of replay hold.
-NOT_PUSHED = ("manifest.json", "trainer_state.json", "replay.safetensors", "agem.safetensors", "gem.safetensors")
+NOT_PUSHED = ("manifest.json", "trainer_state.json", *files_with_training_text())
 
 #: Training arguments that do not change what is learned, or are about one machine.
 _NOT_TOLD = ("save_", "logging_", "eval_", "dataloader_", "report_", "hub_", "push_", "disable_tqdm", "use_cpu")

@@ -15,12 +15,19 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import IterableDataset
+from huggingface_hub import HfApi
 from peft import PeftConfig, PeftModel
 from torch import nn
 from torch.utils.data import DataLoader, SequentialSampler
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput, HubStrategy, SaveStrategy, rotate_checkpoints
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    EvalLoopOutput,
+    HubStrategy,
+    SaveStrategy,
+    rotate_checkpoints,
+)
 from transformers.training_args import ParallelMode
 
 from das_lm import __version__
@@ -43,7 +50,7 @@ from das_lm.evaluation.held_out import HeldOut, held_out_losses
 from das_lm.files import broken_file, newest_checkpoint, seal, write_json
 from das_lm.fsdp import ShardedTraining
 from das_lm.interruption import Interrupted, Signals
-from das_lm.methods import METHODS, Method
+from das_lm.methods import METHODS, Method, files_with_training_text
 from das_lm.objective import LanguageModeling, ModuleLoss, Output, check_head_in_chunks
 from das_lm.units import Architecture, Units
 from das_lm.units.sharding import full, is_sharded, local, named_parameters, whole_state_dict
@@ -591,6 +598,35 @@ class ContinualTrainer(ShardedTraining):
         state = self.continual_state()
         if self.args.should_save:
             write_json(directory / STATE_NAME, state)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The Trainer's, with the same arguments, but for the files in which methods keep training text: they stay
+        here."""
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        token = token or self.args.hub_token
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card(**{"model_name": self.hub_model_id.split("/")[-1], **kwargs})
+        return HfApi(library_name="das-lm", library_version=__version__).upload_folder(
+            repo_id=self.hub_model_id,
+            folder_path=self.args.output_dir,
+            commit_message=commit_message,
+            token=token,
+            run_as_future=not blocking,
+            ignore_patterns=["_*", f"{PREFIX_CHECKPOINT_DIR}-*", *files_with_training_text(self.methods)],
+            revision=revision or self.args.hub_revision,
+        )
 
     def create_model_card(self, tags: str | list[str] | None = None, **kwargs: Any) -> None:
         """The Trainer's draft of a card, with the tags that the cards of a walk have."""

@@ -6,6 +6,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import huggingface_hub
+import numpy as np
 import pytest
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
@@ -14,6 +15,7 @@ from das_lm.cli import main
 from das_lm.config import DASConfig
 from das_lm.evaluation.forgetting import Results
 from das_lm.files import broken_file
+from das_lm.methods import METHODS
 from das_lm.model_card import NOT_PUSHED, model_card
 from das_lm.trainer import ContinualTrainer
 from tests.conftest import build_tokenizer, random_blocks, tiny_roberta
@@ -332,3 +334,39 @@ def test_a_trainer_alone_pushes_what_is_finished_without_the_token(tmp_path, hub
     assert not any(TOKEN.encode() in data for data in files.values())
     assert not any(name.endswith((".bin", ".pt", ".pth")) for name in files)
     assert {"das-lm", "continual-pretraining"} < set(ModelCard(files["README.md"].decode()).data.tags)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_training_text_stays_here(method, tmp_path, hub):
+    """Whatever a method keeps of two domains: no pushed file holds a row of them, in no folder of the output."""
+    options = {"optim": "sgd", "max_grad_norm": 0.0} if method == "ncl" else {}
+    args = DASConfig(
+        output_dir=str(tmp_path / "model"),
+        max_steps=1,
+        max_length=12,
+        importance_samples=4,
+        memory_size=4,
+        scp_projections=2,
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+        report_to="none",
+        **options,
+    )
+    learned, model, kept = [random_blocks(8, seed=seed) for seed in range(2)], tiny_roberta(), METHODS[method]()
+    for blocks in learned:
+        trainer = ContinualTrainer(model, args, kept, train_dataset=blocks, processing_class=build_tokenizer())
+        trainer.train()
+    trainer.save_model(str(tmp_path / "model" / "final"))
+    trainer.push_to_hub()
+    ((*_, files),) = hub.commits
+    assert {"README.md", "model.safetensors", "final/model.safetensors", "final/continual_state.json"} <= set(files)
+    rows = [np.array(row).tobytes() for blocks in learned for row in blocks["input_ids"]]
+    assert rows and not [name for name, data in files.items() if any(row in data for row in rows)]
+    here = {p.relative_to(tmp_path / "model").as_posix() for p in (tmp_path / "model").rglob("*") if p.is_file()}
+    memory = [kept.file_name, f"final/{kept.file_name}"] if method in ("replay", "agem", "gem") else []
+    assert sorted(here - set(files)) == sorted(memory)
+    for name in memory:
+        assert any(row in (tmp_path / "model" / name).read_bytes() for row in rows)
+    patterns = [name for name in {path.rsplit("/")[-1] for path in here} if any(fnmatch(name, p) for p in NOT_PUSHED)]
+    assert patterns == memory[:1]  # the walk leaves the same out

@@ -1,5 +1,7 @@
 """Continual-learning methods: one file each, one small base class. They know torch and the units, nothing else."""
 
+from collections.abc import Iterable
+
 from das_lm.methods.agem import AGEM
 from das_lm.methods.base import Method
 from das_lm.methods.das import DAS
@@ -42,6 +44,14 @@ METHODS: dict[str, type[Method]] = {
     "spg": SPG,
 }
 
+
+def files_with_training_text(methods: Iterable[Method] = ()) -> list[str]:
+    """Patterns of the files, in any folder, in which the methods of the package, and these, keep training text."""
+    known = [*(kind() for kind in METHODS.values()), *methods]
+    names = {one.file_name for one in known if one.holds_training_text}
+    return [pattern for name in sorted(names) for pattern in (name, f"*/{name}")]
+
+
 __all__ = [
     "AGEM",
     "DAS",
@@ -63,4 +73,5 @@ __all__ = [
     "RWalk",
     "Replay",
     "SelfReplay",
+    "files_with_training_text",
 ]

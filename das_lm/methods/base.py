@@ -51,6 +51,8 @@ class Method:
     works_with_adapters = True
     #: Whether it can train a model whose parameters FSDP2 has sharded.
     works_sharded = True
+    #: Whether its file holds training text, which is pushed to no hub.
+    holds_training_text = False
 
     _in_slices = False  # whether what is kept is slices, or whole, as it was in a file
 

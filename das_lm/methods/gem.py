@@ -26,6 +26,7 @@ class GEM(Method):
     """
 
     needs_domain_ends = True
+    holds_training_text = True
     works_sharded = False
 
     def __init__(self):

@@ -19,6 +19,7 @@ class Replay(Method):
     """
 
     needs_domain_ends = True
+    holds_training_text = True
     #: Whether the memory is trained on.
     mixes = True
 

@@ -34,6 +34,7 @@ class SelfReplay(Replay):
     """
 
     needs_domain_ends = False
+    holds_training_text = False
 
     def __init__(self):
         super().__init__()

@@ -10,6 +10,7 @@ import math
 import re
 import typing
 from collections.abc import Iterator
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -316,8 +317,11 @@ def _convert(value: Any, hint: Any) -> Any:
 
 
 def recipes() -> dict[str, Path]:
-    """Name -> file of the recipes in `recipes/` of the working directory, or else of the source checkout."""
-    folders = [Path(__file__).resolve().parent.parent / "recipes", Path("recipes")]
+    """Name -> file of the recipes in `recipes/` of the working directory, or else of the package: within it where a
+    wheel was installed, beside it in a source checkout."""
+    package = Path(str(resources.files("das_lm")))
+    shipped = package / "recipes"
+    folders = [shipped if shipped.is_dir() else package.with_name("recipes"), Path("recipes")]
     return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
 
 

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from das_lm.errors import UserError, did_you_mean
 from das_lm.files import is_about_disk
+from das_lm.interruption import readers_may_go
 
 DESCRIPTION = """\
 Continual pre-training of language models without forgetting.
@@ -730,6 +731,7 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
 }
 
 
+@readers_may_go()
 def main(argv: list[str] | None = None) -> int:
     """Run a command.
 

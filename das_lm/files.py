@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,15 +67,27 @@ def write_tensors(path: Path | str, tensors: Mapping[str, torch.Tensor], metadat
         save_file(
             {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, dict(metadata)
         )
+        share(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def share(path: Path) -> None:
+    """Give a file the rights that the umask leaves; safetensors leaves none to anybody but the owner."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    with suppress(OSError):  # a file system without rights
+        path.chmod(0o666 & ~umask)
 
 
 def seal(directory: Path | str) -> None:
     """Write the manifest, the last file of a checkpoint: every other file's size and SHA-256."""
     directory = Path(directory)
     files = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != MANIFEST)
+    for path in files:
+        if path.suffix == ".safetensors":
+            share(path)
     entries = {
         path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
         for path in files

@@ -48,7 +48,7 @@ from das_lm.files import (
     partial_path,
     seal,
 )
-from das_lm.interruption import ProcessLost, Signals, is_about_processes
+from das_lm.interruption import ProcessLost, Signals, check_signals, is_about_processes, is_about_workers
 from das_lm.loading import check_model, is_causal, load_model, load_tokenizer, model_path, one_line
 from das_lm.methods import METHODS
 from das_lm.model_card import HubRepository, write_card
@@ -109,6 +109,12 @@ def _continual_pretrain(recipe: Recipe, resume: bool, overwrite: bool, halves: b
             console.print(f"Report: {_report(output)}", soft_wrap=True)
         return results
     except (OSError, SafetensorError, RuntimeError) as error:
+        check_signals()  # which may have ended others first: data-loader workers, the processes of a launcher
+        if is_about_workers(error):
+            raise UserError(
+                "dataloader_num_workers: a worker of the data loader was killed, perhaps for its memory; write a "
+                "smaller number, and use --resume to go on"
+            ) from error
         if state.num_processes > 1 and is_about_processes(error):
             raise ProcessLost(
                 f"process {state.process_index} of {state.num_processes} lost another one, which was killed or says "

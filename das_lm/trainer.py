@@ -47,9 +47,9 @@ from das_lm.data.packing import longest_input, pack, separator_of, windows
 from das_lm.data.streaming import DocumentStream, TrainingStream
 from das_lm.errors import NotFinite, UserError, did_you_mean
 from das_lm.evaluation.held_out import HeldOut, held_out_losses
-from das_lm.files import broken_file, newest_checkpoint, seal, write_json
+from das_lm.files import broken_file, newest_checkpoint, seal, share, write_json
 from das_lm.fsdp import ShardedTraining
-from das_lm.interruption import Interrupted, Signals
+from das_lm.interruption import Interrupted, Signals, check_signals
 from das_lm.methods import METHODS, Method, files_with_training_text
 from das_lm.objective import LanguageModeling, ModuleLoss, Output, check_head_in_chunks
 from das_lm.units import Architecture, Units
@@ -516,6 +516,7 @@ class ContinualTrainer(ShardedTraining):
         starts = range(0, len(mine), size)
         hidden = self.args.disable_tqdm or not self.is_world_process_zero()
         for start in tqdm(starts, desc=f"importance ({self.domain})", unit="batch", disable=hidden):
+            check_signals()
             batch = self.data_collator([blocks[index] for index in mine[start : start + size]])
             yield {name: value.to(self.args.device) for name, value in batch.items()}
 
@@ -597,6 +598,8 @@ class ContinualTrainer(ShardedTraining):
             method.save(directory)
         state = self.continual_state()
         if self.args.should_save:
+            for path in directory.glob("*.safetensors"):
+                share(path)
             write_json(directory / STATE_NAME, state)
 
     def push_to_hub(
@@ -706,6 +709,7 @@ class _Moments(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self.trainer._stops():
             self.is_stopping = control.should_save = True
+        check_signals()
 
     on_evaluate = on_step_end  # it may have taken long
 

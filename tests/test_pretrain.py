@@ -1,6 +1,7 @@
 """The walk over domains: what it writes, and what it refuses. How it goes on: `end_to_end/test_faults.py`."""
 
 import json
+import os
 import random
 import shutil
 from pathlib import Path
@@ -91,6 +92,25 @@ def test_walk_writes_whole_checkpoints_and_the_matrix(finished):
     data = json.loads((finished / "forgetting.json").read_text())
     assert data["run"]["recipe"]["domains"][0]["name"] == "bio"
     assert data["summary"]["loss"]["drift"] == pytest.approx(results.matrix()[2, 0] - results.matrix()[0, 0])
+
+
+@pytest.mark.parametrize("adapter", [[], ["--peft", '{"r": 2, "target_modules": ["query"]}']])
+def test_the_umask_gives_the_rights_of_every_file(world, tmp_path, monkeypatch, adapter):
+    """The weights, of a domain and of a checkpoint, as the JSON beside them."""
+    rights, output = {}, tmp_path / "run"
+
+    def note(*_):
+        rights.update({path: path.stat().st_mode & 0o777 for path in output.rglob("*") if path.is_file()})
+
+    before = os.umask(0o027)
+    try:
+        monkeypatch.setattr("das_lm.pretrain.write_card", note)
+        assert _run(world, output, *adapter) == 0
+    finally:
+        os.umask(before)
+    weights = {path.relative_to(output).parts[0] for path in rights if path.suffix == ".safetensors"}
+    assert weights >= {"1-bio", "1-bio.training", "measured"}
+    assert {str(path): right for path, right in rights.items() if right != 0o640} == {}
 
 
 class Interrupted(Exception):

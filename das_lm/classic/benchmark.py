@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -43,6 +43,7 @@ from das_lm.data.blocks import SCHEDULES
 from das_lm.errors import NotFinite, UserError, did_you_mean
 from das_lm.evaluation.forgetting import FILE_NAME, Results
 from das_lm.files import write_json
+from das_lm.interruption import Signals, check_signals
 from das_lm.methods import METHODS, Method
 from das_lm.recipe import check_training
 from das_lm.trainer import ContinualTrainer
@@ -301,6 +302,7 @@ def learn_all(
 
     Raises:
         UserError: a run cannot be finished, or a worker was killed.
+        Interrupted: SIGTERM or Ctrl-C; no worker is left.
     """
     results: dict[int, Results | None] = {}
     todo = []
@@ -310,15 +312,17 @@ def learn_all(
             todo.append(index)
         else:
             progress(run)
-    for index, (outcome, error) in _outcomes([runs[index] for index in todo], workers):
-        run = runs[todo[index]]
-        if error and not may_fail:
-            raise UserError(f"method '{run.method}', seed {run.seed}: {error}")
-        if outcome:
-            (directory / run.name).mkdir(parents=True, exist_ok=True)
-            outcome.save(directory / run.name)
-        results[todo[index]] = outcome
-        progress(run)
+    with Signals(), closing(_outcomes([runs[index] for index in todo], workers)) as outcomes:
+        for index, (outcome, error) in outcomes:
+            run = runs[todo[index]]
+            if error and not may_fail:
+                raise UserError(f"method '{run.method}', seed {run.seed}: {error}")
+            if outcome:
+                (directory / run.name).mkdir(parents=True, exist_ok=True)
+                outcome.save(directory / run.name)
+            results[todo[index]] = outcome
+            progress(run)
+            check_signals()
     return [results[index] for index in range(len(runs))]
 
 
@@ -337,7 +341,7 @@ def _outcomes(runs: Sequence[Run], workers: int) -> Iterator[tuple[int, tuple[Re
             yield futures[future], future.result()
     except BrokenProcessPool as error:
         raise UserError("workers: one was killed, perhaps for its memory; write a smaller number") from error
-    except BaseException:  # after an error or Ctrl-C nothing goes on in the background
+    except BaseException:  # after an error or a signal nothing goes on in the background
         for process in set(multiprocessing.active_children()) - others:
             process.terminate()
         raise

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from das_lm.interruption import check_signals
 from das_lm.objective import Output
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ def held_out_losses(
     hidden = progress is None or not accelerator.is_main_process
     classifies = predicts = True
     for batch in tqdm(dataloader, desc=progress, unit="batch", leave=False, disable=hidden):
+        check_signals()
         with accelerator.autocast():
             output = objective(model, batch)
         predicts = output.logits is not None and output.targets is not None

@@ -3,6 +3,9 @@
 import dataclasses
 import importlib.util
 import json
+import multiprocessing
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +33,7 @@ from das_lm.cli import main
 from das_lm.errors import UserError
 from das_lm.evaluation.forgetting import FILE_NAME, Results
 from das_lm.evaluation.intervals import Estimate
+from das_lm.interruption import Interrupted
 from das_lm.methods import METHODS
 from das_lm.trainer import ContinualTrainer
 
@@ -241,6 +245,15 @@ def test_two_processes_give_what_one_does(tmp_path):
     assert [without_seconds(Results.load(tmp_path / "two" / run.name)) for run in runs] == [
         without_seconds(one) for one in together
     ]
+
+
+def test_sigterm_leaves_no_workers(tmp_path):
+    runs = [Run("odd_even", method, epochs=epochs) for method, epochs in (("naive", 1), ("l2", 1000))]
+    before = set(multiprocessing.active_children())
+    with pytest.raises(Interrupted):
+        learn_all(runs, tmp_path, 2, lambda run: os.kill(os.getpid(), signal.SIGTERM))
+    assert set(multiprocessing.active_children()) == before
+    assert [path.name for path in tmp_path.iterdir()] == [runs[0].name]
 
 
 # ---- search --------------------------------------------------------------------------------------------------------

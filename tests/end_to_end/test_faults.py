@@ -1,10 +1,16 @@
 """A run that is stopped at any moment loses nothing: faults at named points, kills, signals, full disks, damage."""
 
 import errno
+import io
+import multiprocessing
 import os
 import resource
 import shutil
 import signal
+import subprocess
+import sys
+import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +21,7 @@ from das_lm.errors import UserError
 from das_lm.evaluation.cache import Cache
 from das_lm.evaluation.forgetting import Results
 from das_lm.files import broken_file
-from das_lm.interruption import Interrupted, Signals
+from das_lm.interruption import Interrupted, Signals, check_signals
 from das_lm.methods import DAS
 from tests.conftest import build_tokenizer, random_blocks, tiny_roberta
 from tests.test_pretrain import _run, finished, world  # noqa: F401 (fixtures)
@@ -181,6 +187,108 @@ def test_a_signal_where_nothing_is_learned_stops_at_once(world, finished, tmp_pa
         patch.setattr(where, name, wrapper)
         assert _run(world, tmp_path / "run") == 143
     _finish(world, tmp_path / "run", finished)
+
+
+class _InDestructor:
+    """Python drops what a signal handler raises here."""
+
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _in_callback():
+    class Nothing:
+        pass
+
+    weakref.finalize(Nothing(), os.kill, os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("moment", [_InDestructor, _in_callback])
+@pytest.mark.parametrize("where, name", [(pretrain, "_save"), (pretrain, "_keep"), (DAS, "begin_domain")])
+def test_a_signal_that_python_drops_is_heard_later(world, finished, tmp_path, monkeypatch, moment, where, name):  # noqa: F811
+    original = getattr(where, name)
+
+    def wrapper(*arguments, **options):
+        result = original(*arguments, **options)
+        moment()
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(where, name, wrapper)
+        assert _run(world, tmp_path / "run") == 143
+    assert not (tmp_path / "run" / "2-cs").exists()
+    _finish(world, tmp_path / "run", finished)
+
+
+def test_a_signal_in_a_destructor_shows_no_traceback(capfd):
+    with pytest.raises(Interrupted), Signals():
+        _InDestructor()
+        assert "Traceback" not in capfd.readouterr().err
+        check_signals()
+
+
+def test_ctrl_c_ends_the_reader_of_a_pipe_too(world, finished, tmp_path):  # noqa: F811
+    """`2>&1 | tee log`: neither the handler, nor progress bars, nor the last message find a reader."""
+    with pytest.MonkeyPatch.context() as patch:
+        before = [os.dup(number) for number in (1, 2)]
+        listens, speaks = os.pipe()
+        for number, name in ((1, "stdout"), (2, "stderr")):
+            os.dup2(speaks, number)
+            patch.setattr("sys." + name, io.TextIOWrapper(io.FileIO(number, "w", closefd=False), write_through=True))
+        os.close(speaks)
+
+        original = ContinualTrainer.training_step
+
+        def training_step(self, *arguments):
+            if self.state.global_step == 2:
+                os.close(listens)
+                os.kill(os.getpid(), signal.SIGINT)
+            return original(self, *arguments)
+
+        patch.setattr(ContinualTrainer, "training_step", training_step)
+        shown = ["--disable_tqdm", "false"]
+        try:
+            status = _run(world, tmp_path / "run", *shown)
+        finally:
+            for number, copy in zip((1, 2), before, strict=True):
+                os.dup2(copy, number)
+                os.close(copy)
+    assert status == 130
+    assert broken_file(tmp_path / "run" / "1-bio.training" / "checkpoint-3") is None
+    _finish(world, tmp_path / "run", finished, *shown)
+
+
+def test_without_a_reader_a_command_goes_on():
+    """`… | head`: what is left to say is dropped, and the status is the command's own."""
+    command = [sys.executable, "-c", "from das_lm.cli import main; exit(main(['recipes']))"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.wait(60) == 0 and process.stderr.read() == ""
+
+
+@pytest.mark.parametrize("signalled", [False, True])
+def test_a_killed_worker_of_the_data_loader(world, finished, tmp_path, monkeypatch, capsys, signalled):  # noqa: F811
+    """On its own it is a message; where a signal went to all processes of the job, that is what ends the run."""
+    original, workers = ContinualTrainer.training_step, ["--dataloader_num_workers", "1"]
+
+    def training_step(self, *arguments):
+        if self.state.global_step == 3:
+            (worker, *_) = multiprocessing.active_children()
+            if signalled:
+                os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(worker.pid, signal.SIGTERM if signalled else signal.SIGKILL)
+            worker.join()
+            time.sleep(0.1)  # SIGCHLD
+        return original(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ContinualTrainer, "training_step", training_step)
+        assert _run(world, tmp_path / "run", *workers) == (143 if signalled else 2)
+    error = capsys.readouterr().err
+    assert "Traceback" not in error and "--resume" in error
+    assert ("dataloader_num_workers: a worker" in error) != signalled
+    _finish(world, tmp_path / "run", finished, *workers)
 
 
 def test_a_trainer_of_its_own_saves_too(tmp_path, monkeypatch):

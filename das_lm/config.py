@@ -119,7 +119,11 @@ class DASConfig(TrainingArguments):
             Temperature of both distributions of that loss.
         interpolation_alpha (`str`, *optional*, defaults to `"0.5"`):
             α of θ ← α θ_new + (1 − α) θ_old after a domain (`interpolate`; WiSE-FT, 2109.01903), in [0, 1]; `"auto"`
-            chooses it on one half of the held-out documents, and the other half is what is reported.
+            chooses it on one half of the held-out documents of the domains learned so far; the other half is what is
+            reported.
+        interpolation_domains (`list[str]`, *optional*):
+            Further domains, such as one of `measure`, on which `"auto"` chooses too. Without one, nothing speaks for
+            the base model in the first domain.
         ema_decay (`float`, *optional*, defaults to `0.999`):
             Decay per step of the moving average of the weights that `ema` ends a domain with.
 
@@ -201,6 +205,9 @@ class DASConfig(TrainingArguments):
     lwf_temperature: float = field(default=2.0, metadata={"help": "Temperature of the distillation of lwf."})
     interpolation_alpha: str = field(
         default="0.5", metadata={"help": "Share of the new weights after a domain, or 'auto'."}
+    )
+    interpolation_domains: list[str] = field(
+        default_factory=list, metadata={"help": "Domains, learned or not, on which 'auto' chooses too."}
     )
     ema_decay: float = field(default=0.999, metadata={"help": "Decay per step of the averaged weights of ema."})
 

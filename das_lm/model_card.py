@@ -210,8 +210,8 @@ def _limits(results: Results) -> list[str]:
         "A loss per token can be compared only between models with the same tokenizer, on the same text.",
         f"One run with seed {seed}: the intervals are about the choice of documents, not about another seed.",
         *(
-            f"About the text: {_plain(warning)}"
-            for warnings in results.run.get("warnings", {}).values()
+            f"Warning about {_plain(about)}: {_plain(warning)}"
+            for about, warnings in results.run.get("warnings", {}).items()
             for warning in warnings
         ),
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -50,7 +51,7 @@ from das_lm.files import (
 )
 from das_lm.interruption import ProcessLost, Signals, check_signals, is_about_processes, is_about_workers
 from das_lm.loading import check_model, is_causal, load_model, load_tokenizer, model_path, one_line
-from das_lm.methods import METHODS
+from das_lm.methods import METHODS, unread_options, without_effect
 from das_lm.model_card import HubRepository, write_card
 from das_lm.run_directory import CURVES_NAME, Stage, batch_before, check_and_clean, open_output, stages_of
 from das_lm.trainer import STATE_NAME, ContinualTrainer, data_seed
@@ -167,7 +168,8 @@ def _walk(
         if stage is not stages[0] and not (domain and "importance" in domain.training):
             args.importance = "auto"  # where the importance of the base model comes from has been settled
         args.push_to_hub = False  # the walk pushes, when a stage is finished and measured
-        learned = [d for s in stages[: stages.index(stage) + 1] for d in s.domains] if needs_earlier else stage.domains
+        so_far = [d for s in stages[: stages.index(stage) + 1] for d in s.domains]
+        learned = so_far if needs_earlier else stage.domains
         masking, seed = labeling(tokenizer, causal, args.mlm_probability), data_seed(args)
         rows: TrainingBlocks
         if domain and domain.streaming:
@@ -176,18 +178,26 @@ def _walk(
         else:
             blocks = read.packed(tokenizer, [domain.name for domain in learned])
             rows = TrainingBlocks(blocks, masking, seed, "interleaved" if needs_earlier else recipe.schedule)
-        return ContinualTrainer(
+        held_out, development = read.held_out(tokenizer)
+        to_choose_by = {*args.interpolation_domains, *(one.name for one in so_far)}
+        trainer = ContinualTrainer(
             model=model,
             args=args,
             method=recipe.method,
             train_dataset=rows,
-            eval_dataset=read.held_out(tokenizer)[1 if halves else 0],
+            eval_dataset=development if halves else held_out,
             processing_class=tokenizer,
             domain=stage.name,
-            development_dataset=read.held_out(tokenizer)[1],
+            development_dataset=development and {n: one for n, one in development.items() if n in to_choose_by},
             architecture=Architecture.from_dict(recipe.units) if recipe.units else None,
             peft_config=adapters.lora_config(recipe.peft) if recipe.peft else None,
         )
+        trainer.tells_of_methods_without_effect = False  # the walk does
+        return trainer
+
+    def warn(about: str, warning: str, hint: str = "") -> None:
+        console.print("[yellow]warning:[/yellow]", escape(f"{warning}{hint}"), soft_wrap=True)
+        results.run["warnings"].setdefault(about, []).append(warning)
 
     hub = HubRepository(args, output.absolute().name) if args.push_to_hub and state.is_main_process else None
     results = Results(domains, run=_facts(recipe, text, args), unit=f"nats per {'' if causal else 'masked '}token")
@@ -197,8 +207,10 @@ def _walk(
         results.stages, results.run["warnings"] = earlier.stages, earlier.run["warnings"]
     elif state.is_main_process:
         for name, warning in find_leakage(text).warnings():
-            console.print("[yellow]warning:[/yellow]", escape(f"{warning}; see das-lm check-data"), soft_wrap=True)
-            results.run["warnings"].setdefault(name, []).append(warning)
+            warn(name, warning, "; see das-lm check-data")
+        given = itertools.chain(recipe.training, *(domain.training for domain in recipe.domains))
+        if unread := unread_options(given, recipe.method):
+            warn("training", f"read by no chosen method ({', '.join(recipe.method)}): {', '.join(unread)}")
     if not results.stages:
         # All that a wrong recipe can say shows here; only then is anything written, or an earlier run removed.
         with TemporaryDirectory() as scratch:
@@ -207,6 +219,8 @@ def _walk(
                 trainer = make_trainer(model, tokenizer, stage, Path(scratch))
                 if recipe.peft:
                     trainer.model.unload()
+            if len(stages) == 1 and (warning := without_effect(trainer.methods)):
+                warn(stages[0].name, warning)
             trainer = measuring_trainer(model, recipe, tokenizer, scratch)
             measured = _measure(trainer, read.held_out(tokenizer)[0], "base", console)
             larger = tokenizer
@@ -364,6 +378,8 @@ def _measure(
     if facts and "mean_importance" in facts:
         means = "   ".join(f"{kind} {mean:.3f}" for kind, mean in facts["mean_importance"].items())
         console.print(f"mean importance, which the next domain's mask holds back:   {means}")
+    if facts and "interpolation_chosen_on" in facts:
+        console.print(f"α {facts['interpolation_alpha']}, chosen on {', '.join(facts['interpolation_chosen_on'])}")
     weights = model_fingerprint(trainer.model)
     keys = {domain: fingerprint("held out", weights, one.fingerprint) for domain, one in held_out.items()}
     return {"name": name, "scores": scores, "measured": keys}, measured

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import pickle
@@ -50,10 +51,12 @@ from das_lm.evaluation.held_out import HeldOut, held_out_losses
 from das_lm.files import broken_file, newest_checkpoint, seal, share, write_json
 from das_lm.fsdp import ShardedTraining
 from das_lm.interruption import Interrupted, Signals, check_signals
-from das_lm.methods import METHODS, Method, files_with_training_text
+from das_lm.methods import METHODS, Method, files_with_training_text, without_effect
 from das_lm.objective import LanguageModeling, ModuleLoss, Output, check_head_in_chunks
 from das_lm.units import Architecture, Units
 from das_lm.units.sharding import full, is_sharded, local, named_parameters, whole_state_dict
+
+logger = logging.getLogger(__name__)
 
 STATE_NAME = "continual_state.json"
 BATCH_NAME = "batch.json"
@@ -89,6 +92,9 @@ class ContinualTrainer(ShardedTraining):
     Raises:
         UserError: what the arguments, the model or the method cannot work with.
     """
+
+    #: Off where it is told in another place, or does not matter.
+    tells_of_methods_without_effect = True
 
     def __init__(
         self,
@@ -438,6 +444,9 @@ class ContinualTrainer(ShardedTraining):
                 self.train_dataset.load_state_dict(json.loads(place.read_text(encoding="utf-8")))
             for method in self.methods:
                 method.load(Path(resume_from_checkpoint))
+        warning = without_effect(self.methods)
+        if warning and self.tells_of_methods_without_effect:
+            logger.warning("domain '%s': %s", self.domain, warning)
         self._loss_parts.clear()
         self._step_parts.clear()
         others = {id(one) for one in self._non_units()} if self.args.non_unit_lr_scale == 0 else set()

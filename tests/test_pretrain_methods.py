@@ -1,6 +1,7 @@
 """Every method through the walk over domains: state travels from stage to stage and through an interruption."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -94,6 +95,39 @@ def test_a_chosen_alpha_is_reported_on_the_other_half(world, tmp_path):  # noqa:
         assert here == there // 2
     assert all(0 <= stage["interpolation_alpha"] <= 1 for stage in chosen["stages"][1:])
     assert fixed["stages"][1]["interpolation_alpha"] == 0.5
+
+
+def test_alpha_is_chosen_on_what_was_learned_and_what_is_named(world, tmp_path, capsys):  # noqa: F811
+    options = ["--method", "interpolate", "--interpolation_alpha", "auto"]
+
+    def chosen_on(name: str, *more: str) -> list[list[str]]:
+        assert _run(world, tmp_path / name, *options, *more) == 0
+        return [stage["interpolation_chosen_on"] for stage in Results.load(tmp_path / name).stages[1:]]
+
+    assert chosen_on("plain") == [["bio"], ["bio", "cs"]]
+    assert re.search(r"α (0\.\d|1\.0), chosen on bio, cs\n", capsys.readouterr().out)
+    assert chosen_on("named", "--interpolation_domains", "old") == [["old", "bio"], ["old", "bio", "cs"]]
+    assert _run(world, tmp_path / "unknown", *options, "--interpolation_domains", "odl") == 2
+    assert "interpolation_domains: there is no held-out text of 'odl'" in capsys.readouterr().err
+    assert not (tmp_path / "unknown").exists()
+
+
+def test_a_run_in_which_a_method_or_an_option_does_nothing_says_so(world, tmp_path, capsys):  # noqa: F811
+    """On the console, and in the results for the report; and once a domain has been learned, of the method no more."""
+    assert _run(world, tmp_path / "one", "--domain", "bio", "--method", "ewc", "ema", "--replay_ratio", "0.5") == 0
+    warnings = Results.load(tmp_path / "one").run["warnings"]
+    (unread,), (idle,) = warnings["training"], warnings["bio"][-1:]
+    assert unread == "read by no chosen method (ewc, ema): replay_ratio"
+    assert idle.startswith("ewc: no effect") and idle.endswith(
+        "base model: das, ema, interpolate, lwf, ncl, self_replay"
+    )
+    printed = capsys.readouterr().out
+    assert printed.count(f"warning: {unread}\n") == printed.count(f"warning: {idle}\n") == 1
+    further = ["--domain", "cs", "--method", "ewc", "--model_name_or_path", str(tmp_path / "one" / "1-bio")]
+    assert _run(world, tmp_path / "further", *further) == 0
+    assert _run(world, tmp_path / "two", "--method", "ewc") == 0
+    captured = capsys.readouterr()
+    assert "no effect" not in captured.out + captured.err and "no chosen" not in captured.out
 
 
 def test_the_halves_of_a_search_are_the_whole(world, tmp_path):  # noqa: F811

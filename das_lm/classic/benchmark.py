@@ -233,6 +233,7 @@ def make_trainer(
         domain=name,
     )
     trainer.remove_callback(PrinterCallback)
+    trainer.tells_of_methods_without_effect = False
     return trainer
 
 

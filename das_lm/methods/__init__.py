@@ -52,6 +52,27 @@ def files_with_training_text(methods: Iterable[Method] = ()) -> list[str]:
     return [pattern for name in sorted(names) for pattern in (name, f"*/{name}")]
 
 
+def without_effect(methods: Iterable[Method]) -> str | None:
+    """What to tell a person of methods, attached before a domain, that do nothing in it: they hold on to earlier
+    domains, and there is none."""
+    names = {kind: name for name, kind in METHODS.items()}
+    idle = [one for one in methods if one.needs_domain_ends and not one.protects_base and not one.state_dict()]
+    if not idle:
+        return None
+    protecting = [name for name, kind in METHODS.items() if kind.protects_base]
+    return (
+        f"{', '.join(names.get(type(one), type(one).__name__) for one in idle)}: no effect, for nothing was learned "
+        f"before that it could hold on to. Methods that protect the base model: {', '.join(protecting)}"
+    )
+
+
+def unread_options(given: Iterable[str], methods: Iterable[str]) -> list[str]:
+    """Those of the given options that are options of methods, but of none of these."""
+    read = {option for name in methods for option in METHODS[name].options}
+    known = {option for kind in METHODS.values() for option in kind.options}
+    return [option for option in dict.fromkeys(given) if option in known - read]
+
+
 __all__ = [
     "AGEM",
     "DAS",
@@ -74,4 +95,6 @@ __all__ = [
     "Replay",
     "SelfReplay",
     "files_with_training_text",
+    "unread_options",
+    "without_effect",
 ]

@@ -28,6 +28,7 @@ class AGEM(Replay):
 
     works_sharded = False
     mixes = False
+    options = ("memory_size",)
 
     @torch.no_grad()
     def change_gradient(self) -> None:

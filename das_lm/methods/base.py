@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 Tensors = dict[str, torch.Tensor]  # name of a parameter -> tensor of its shape
 
+#: Options of what is measured by `trainer.importance_batches`.
+MEASURING = ("importance_samples", "importance_batch_size")
+
 
 class Method:
     """
@@ -53,6 +56,10 @@ class Method:
     works_sharded = True
     #: Whether its file holds training text, which is pushed to no hub.
     holds_training_text = False
+    #: Whether it acts in the first domain, for the sake of the base model, or only once a domain has ended.
+    protects_base = False
+    #: The fields of `DASConfig` that it reads, beside those that all training does.
+    options: tuple[str, ...] = ()
 
     _in_slices = False  # whether what is kept is slices, or whole, as it was in a file
 

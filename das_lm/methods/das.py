@@ -13,7 +13,7 @@ from torch import nn
 
 from das_lm.data.blocks import addressed_seed
 from das_lm.errors import UserError
-from das_lm.methods.base import Method
+from das_lm.methods.base import MEASURING, Method
 from das_lm.objective import IGNORED, Output, has_active_dropout, run_language_model
 from das_lm.units.contrast import contrastive_loss, mean_pool
 from das_lm.units.gates import gated
@@ -38,6 +38,21 @@ class DAS(Method):
     """
 
     needs_domain_ends = True
+    protects_base = True
+    options = (
+        "importance",
+        *MEASURING,
+        "importance_normalization",
+        "importance_accumulation",
+        "proxy",
+        "gate_dropout",
+        "soft_mask_target",
+        "soft_mask_units",
+        "soft_mask_strength",
+        "contrast_weight",
+        "contrast_temperature",
+        "contrast_prior_gradient",
+    )
 
     def __init__(self):
         self.importance: Importance | None = None

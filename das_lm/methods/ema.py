@@ -16,6 +16,8 @@ class EMA(Method):
     """
 
     needs_domain_ends = True
+    protects_base = True
+    options = ("ema_decay",)
     kept = ("average",)
 
     def __init__(self):

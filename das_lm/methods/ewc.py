@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from das_lm.methods.base import MEASURING
 from das_lm.methods.penalty import Penalty, Tensors
 from das_lm.methods.per_example import PerExample
 from das_lm.objective import Output
@@ -30,6 +31,8 @@ class EWC(Penalty):
     Memory: two copies of the trainable parameters; under FSDP2, of each process's slice, and while the Fisher is
     measured the largest single parameter, whole, for each process.
     """
+
+    options = (*Penalty.options, "fisher", "ewc_mode", "ewc_decay", *MEASURING)
 
     def measure(self) -> Tensors:
         trainer = self.trainer

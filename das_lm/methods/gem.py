@@ -28,6 +28,7 @@ class GEM(Method):
     needs_domain_ends = True
     holds_training_text = True
     works_sharded = False
+    options = ("memory_size", "gem_margin")
 
     def __init__(self):
         self.memories: list[Reservoir] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -10,13 +11,16 @@ from das_lm.errors import UserError
 from das_lm.methods.base import Method, Tensors
 from das_lm.units.soft_mask import check_fresh
 
+logger = logging.getLogger(__name__)
+
 GRID = [step / 10 for step in range(11)]  # of `interpolation_alpha="auto"`
 
 
 class Interpolate(Method):
     """
     θ ← α θ_new + (1 − α) θ_old once a domain has been learned; α = 1 is `naive`, α = 0 the model before. `"auto"`
-    takes the α in {0, 0.1, …, 1} with the lowest mean loss over the development halves of the held-out domains.
+    takes the α in {0, 0.1, …, 1} with the lowest mean loss over the trainer's development data: in a walk, one half of
+    the held-out text of the domains learned so far, and of those that `interpolation_domains` names.
 
     A LoRA adapter begins at B = 0, so that α B A, with A as it was learned, is that of the merged weights.
 
@@ -24,20 +28,31 @@ class Interpolate(Method):
     """
 
     needs_domain_ends = True
+    protects_base = True
+    options = ("interpolation_alpha", "interpolation_domains")
     kept = ("old",)
 
     def __init__(self):
         self.old: Tensors = {}
         self.alpha: float | None = None
+        self.chosen_on: list[str] = []
 
     def attach(self, trainer) -> None:
         """Raises `UserError` for an adapter that is no fresh one, and where α has nothing to be chosen by."""
         super().attach(trainer)
         check_fresh(self.parameters(), "only then is α B A the interpolation of the weights")
-        if self.args.interpolation_alpha == "auto" and not trainer.development_dataset:
-            raise UserError(
-                "interpolation_alpha: 'auto' needs held-out data to choose by: give the trainer a development_dataset"
-            )
+        if self.args.interpolation_alpha == "auto":
+            if not trainer.development_dataset:
+                raise UserError(
+                    "interpolation_alpha: 'auto' needs held-out data to choose by: give the trainer a "
+                    "development_dataset"
+                )
+            missing = [one for one in self.args.interpolation_domains if one not in trainer.development_dataset]
+            if missing:
+                raise UserError(
+                    f"interpolation_domains: there is no held-out text of '{missing[0]}'; name domains that are "
+                    "learned or measured"
+                )
 
     def begin_domain(self) -> None:
         if not self.old:
@@ -52,7 +67,8 @@ class Interpolate(Method):
             for alpha in GRID:
                 self._set(new, alpha)
                 losses.append(self.trainer.development_loss())
-            self.alpha = GRID[losses.index(min(losses))]
+            self.alpha, self.chosen_on = GRID[losses.index(min(losses))], list(self.trainer.development_dataset)
+            logger.info("interpolation_alpha %s, chosen on %s", self.alpha, ", ".join(self.chosen_on))
         else:
             self.alpha = float(self.args.interpolation_alpha)
         self._set(new, self.alpha)
@@ -64,4 +80,7 @@ class Interpolate(Method):
             value.copy_(torch.lerp(self.old[name], new[name], share))
 
     def state(self) -> dict[str, Any]:
-        return {} if self.alpha is None else {"interpolation_alpha": self.alpha}
+        if self.alpha is None:
+            return {}
+        chosen_on = {"interpolation_chosen_on": self.chosen_on} if self.chosen_on else {}
+        return {"interpolation_alpha": self.alpha, **chosen_on}

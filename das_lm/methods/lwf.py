@@ -29,6 +29,8 @@ class LwF(Method):
 
     needs_domain_ends = True
     works_sharded = False
+    protects_base = True
+    options = ("lwf_weight", "lwf_temperature")
 
     def __init__(self):
         self.teacher: Teacher | None = None

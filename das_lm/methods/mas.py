@@ -2,6 +2,7 @@
 
 import torch
 
+from das_lm.methods.base import MEASURING
 from das_lm.methods.ewc import FISHER_EPOCH, per_row_mean
 from das_lm.methods.penalty import Penalty, Tensors
 from das_lm.objective import Output
@@ -14,6 +15,8 @@ class MAS(Penalty):
 
     Memory: two copies of the trainable parameters.
     """
+
+    options = (*Penalty.options, *MEASURING)
 
     def measure(self) -> Tensors:
         trainer = self.trainer

@@ -10,7 +10,7 @@ from torch import nn
 from torch.autograd.graph import get_gradient_edge
 
 from das_lm.errors import UserError
-from das_lm.methods.base import Method, Tensors
+from das_lm.methods.base import MEASURING, Method, Tensors
 from das_lm.methods.ewc import FISHER_EPOCH, fisher, sampled_targets
 from das_lm.objective import IGNORED
 
@@ -41,6 +41,8 @@ class NCL(Method):
     needs_domain_ends = True
     works_with_adapters = False
     works_sharded = False
+    protects_base = True
+    options = ("ncl_curvature", "ncl_prior", "ncl_radius", "fisher", *MEASURING)
     kept = ("mean", "precision")
 
     def __init__(self):

@@ -22,6 +22,7 @@ class Penalty(Method):
 
     needs_domain_ends = True
     works_with_adapters = False
+    options = ("penalty_weight",)
     kept = ("importance", "anchor")
 
     def __init__(self):

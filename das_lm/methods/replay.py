@@ -20,6 +20,7 @@ class Replay(Method):
 
     needs_domain_ends = True
     holds_training_text = True
+    options = ("memory_size", "replay_ratio")
     #: Whether the memory is trained on.
     mixes = True
 
@@ -29,7 +30,7 @@ class Replay(Method):
     def attach(self, trainer) -> None:
         """Raises `UserError` where several memories would take more than all rows."""
         memories = sum(isinstance(one, Replay) and one.mixes for one in trainer.methods)
-        if memories * trainer.args.replay_ratio > 1:
+        if memories > 1 and memories * trainer.args.replay_ratio > 1:
             raise UserError(
                 f"replay_ratio: {trainer.args.replay_ratio} of the rows for each of {memories} memories is more than "
                 f"all of them; write at most {1 / memories:.2g}"

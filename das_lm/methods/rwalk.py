@@ -26,6 +26,7 @@ class RWalk(PathIntegral):
     the old score, and during a step the gradient and the parameters before it.
     """
 
+    options = (*PathIntegral.options, "fisher", "rwalk_decay", "rwalk_interval")
     kept = (*PathIntegral.kept, "fisher", "score", "old_score", "start")
     EPSILON = 1e-3
 

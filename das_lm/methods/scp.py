@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from das_lm.methods.base import MEASURING
 from das_lm.methods.ewc import FISHER_EPOCH
 from das_lm.methods.penalty import Penalty, Tensors
 
@@ -18,6 +19,7 @@ class SCP(Penalty):
     """
 
     works_sharded = False
+    options = (*Penalty.options, "scp_projections", *MEASURING)
     MAX_ELEMENTS = 50_000_000
 
     def measure(self) -> Tensors:

@@ -34,6 +34,8 @@ class SelfReplay(Replay):
     """
 
     needs_domain_ends = False
+    protects_base = True
+    options = (*Replay.options, "self_replay_target", "self_replay_sweeps", "importance_batch_size")
     holds_training_text = False
 
     def __init__(self):

@@ -48,6 +48,7 @@ class SI(PathIntegral):
     gradient and the parameters before it.
     """
 
+    options = (*PathIntegral.options, "si_damping")
     kept = (*PathIntegral.kept, "start")
 
     def __init__(self):

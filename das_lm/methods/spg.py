@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from das_lm.methods.base import Method, Tensors
+from das_lm.methods.base import MEASURING, Method, Tensors
 from das_lm.methods.das import GRADIENT_EPOCH
 from das_lm.units.importance import normalize
 from das_lm.units.soft_mask import ParameterMask, check_optimizer
@@ -33,6 +33,7 @@ class SPG(Method):
     needs_domain_ends = True
     works_with_adapters = False
     works_sharded = False
+    options = ("soft_mask_target", "soft_mask_strength", *MEASURING)
     kept = ("importance",)
 
     def __init__(self):

@@ -337,7 +337,7 @@ def test_alpha_is_chosen_by_the_development_data(tmp_path):
         options = {"interpolation_alpha": "auto", "development_dataset": {"d": development}, "max_steps": 40}
         trainer_of(tmp_path, copy.deepcopy(model), methods[name], data, **options).train()
     assert methods["old"].alpha < methods["new"].alpha == 1.0
-    assert methods["new"].state() == {"interpolation_alpha": 1.0}
+    assert methods["new"].state() == {"interpolation_alpha": 1.0, "interpolation_chosen_on": ["d"]}
 
 
 def test_a_chosen_alpha_needs_development_data(tmp_path):

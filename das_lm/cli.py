@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from das_lm.errors import UserError, did_you_mean
 from das_lm.files import is_about_disk
 from das_lm.interruption import readers_may_go
+from das_lm.terminal import printable
 
 DESCRIPTION = """\
 Continual pre-training of language models without forgetting.
@@ -616,12 +617,12 @@ def check_data(arguments: list[str]) -> int:
         if not all(spec.partition("=")):
             raise UserError(f"--end_task {spec}: write NAME=PATH")
 
-    from rich.console import Console
     from rich.markup import escape
 
     from das_lm.data.leakage import check
     from das_lm.files import write_json
     from das_lm.recipe import load_recipe
+    from das_lm.terminal import Console
 
     given = {key: options[key] for key in ("domain", "measure", "text_column") if options[key]}
     recipe = load_recipe(options["recipe"], given, check_device=False)
@@ -680,7 +681,7 @@ def report(arguments: list[str]) -> None:
     options = parser.parse(arguments)
     from das_lm.evaluation.report import write_report
 
-    print(f"Report: {write_report(options['runs'], options['output_dir'], options['title'])}")
+    print(printable(f"Report: {write_report(options['runs'], options['output_dir'], options['title'])}"))
 
 
 def units(arguments: list[str]) -> None:
@@ -706,8 +707,7 @@ def units(arguments: list[str]) -> None:
     )
     parser.add_argument("--trust_remote_code", action="store_true", help="Run the code that comes with the model.")
     options = parser.parse(arguments)
-    from rich.console import Console
-
+    from das_lm.terminal import Console
     from das_lm.units.inspection import inspect, load_entry
 
     entry = load_entry(options["entry"]) if options["entry"] else None
@@ -772,5 +772,5 @@ def main(argv: list[str] | None = None) -> int:
         message = f"{str(error) or 'interrupted'}; {again} continues"
         status = 128 + getattr(error, "number", signal.SIGINT)
     if speaks:
-        print(f"das-lm: {message}", file=sys.stderr)
+        print(printable(f"das-lm: {message}"), file=sys.stderr)
     return status

@@ -14,7 +14,6 @@ import torch
 import transformers
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from das_lm.adapters import base_of
@@ -25,7 +24,7 @@ from das_lm.errors import UserError
 from das_lm.evaluation.cache import DIRECTORY as CACHE_NAME
 from das_lm.evaluation.cache import Cache, fingerprint, model_fingerprint
 from das_lm.evaluation.end_task import EndTaskConfig, Task, fine_tune, load_task
-from das_lm.evaluation.forgetting import FILE_NAME, Results
+from das_lm.evaluation.forgetting import FILE_NAME, PAGE_NAME, Results
 from das_lm.evaluation.held_out import HeldOut
 from das_lm.evaluation.probes import Questions, cloze_accuracy, load_questions
 from das_lm.files import broken_file
@@ -33,6 +32,7 @@ from das_lm.loading import is_causal, load_model, load_tokenizer, model_path
 from das_lm.pretrain import held_out_windows, machine_facts, measuring_trainer
 from das_lm.recipe import Recipe, load_recipe
 from das_lm.run_directory import RECIPE_NAME, stages_of
+from das_lm.terminal import Console
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -185,7 +185,11 @@ def _evaluate(
     held_out, rights, words = [], [], None
     per_stage = len(text) * (2 if probes.pseudo_perplexity else 1) + len(questions) + len(tasks)
     bar = Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
     )
     with TemporaryDirectory() as scratch, bar as remembered.bar:
         remembered.row = remembered.bar.add_task("", total=len(paths) * per_stage)
@@ -213,7 +217,11 @@ def _evaluate(
     if state.is_main_process:
         results.save(output)
     console.print(*results.tables(), sep="\n")
-    console.print(f"Results: {output / FILE_NAME}", soft_wrap=True)
+    console.print(f"Results: {output / FILE_NAME}", soft_wrap=True, markup=False)
+    if state.is_main_process and (output / PAGE_NAME).is_file():  # it shows what was known before
+        from das_lm.evaluation.report import write_report
+
+        console.print(f"Report: {write_report([output])}", soft_wrap=True, markup=False)
     return results
 
 

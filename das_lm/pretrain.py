@@ -26,7 +26,6 @@ import yaml
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from peft import PeftModel
-from rich.console import Console
 from rich.markup import escape
 from safetensors import SafetensorError
 from transformers.trainer_utils import IntervalStrategy
@@ -54,6 +53,7 @@ from das_lm.loading import check_model, is_causal, load_model, load_tokenizer, m
 from das_lm.methods import METHODS, unread_options, without_effect
 from das_lm.model_card import HubRepository, write_card
 from das_lm.run_directory import CURVES_NAME, Stage, batch_before, check_and_clean, open_output, stages_of
+from das_lm.terminal import Console
 from das_lm.trainer import STATE_NAME, ContinualTrainer, data_seed
 from das_lm.units import Architecture
 from das_lm.units.importance import FILE_NAME as IMPORTANCE_NAME
@@ -107,7 +107,7 @@ def _continual_pretrain(recipe: Recipe, resume: bool, overwrite: bool, halves: b
             text, tokenizer = _load_text(recipe, console), load_tokenizer(model_path(recipe), recipe)
         results = _walk(recipe, output, overwrite, halves, text, tokenizer, state, console)
         if report and state.is_main_process:
-            console.print(f"Report: {_report(output)}", soft_wrap=True)
+            console.print(f"Report: {_report(output)}", soft_wrap=True, markup=False)
         return results
     except (OSError, SafetensorError, RuntimeError) as error:
         check_signals()  # which may have ended others first: data-loader workers, the processes of a launcher
@@ -274,7 +274,7 @@ def _walk(
         if state.is_main_process:
             shutil.rmtree(stage.workshop, ignore_errors=True)
     console.print(*results.tables(), sep="\n")
-    console.print(f"Results: {output / RESULTS_NAME}    Model: {source}", soft_wrap=True)
+    console.print(f"Results: {output / RESULTS_NAME}    Model: {source}", soft_wrap=True, markup=False)
     return results
 
 

@@ -16,13 +16,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.markup import escape
 
 from das_lm.errors import UserError
 from das_lm.evaluation.compare import Comparison, compare, is_finished
 from das_lm.evaluation.forgetting import FILE_NAME, Results
 from das_lm.recipe import find_recipe, load_recipe
+from das_lm.terminal import Console
 
 if TYPE_CHECKING:
     from das_lm.recipe import Recipe
@@ -182,7 +182,7 @@ def sweep(
         comparison.save(output)
         comparison.print(console)
         report = write_report([output], output=output)
-        console.print(f"Runs and comparison: {output}    Report: {report}", soft_wrap=True)
+        console.print(f"Runs and comparison: {output}    Report: {report}", soft_wrap=True, markup=False)
     return comparison
 
 

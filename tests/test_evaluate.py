@@ -104,6 +104,26 @@ def test_further_text_and_another_directory(run, world, tmp_path):  # noqa: F811
         assert new["scores"]["law"] == new["scores"]["old"]  # the same text by another name
 
 
+def test_the_page_shows_what_is_measured_now(run, world):  # noqa: F811
+    law = ["evaluate", "--run", str(run), "--domain", f"law={world}/old.txt"]
+    assert main(law) == 0
+    assert not (run / "report.html").exists()  # none was wanted
+    (run / "report.html").write_text("stale")
+    assert main(law) == 0
+    assert (
+        "law (never learned)" in (run / "report.html").read_text() and (run / "figures" / "matrix-loss.svg").is_file()
+    )
+
+
+def test_a_name_is_no_markup(run, world, tmp_path, capsys):  # noqa: F811
+    """Rich knows no tag of such a name, and a terminal would obey it."""
+    output, name = tmp_path / "a[/b]", "a[/b]\x1b[2J"
+    options = ["--checkpoint", f"base={world}/model", "--checkpoint", f"{name}={run}/1-bio", "--max_length", "24"]
+    assert main(["evaluate", *options, "--domain", f"old={world}/old.txt", "--output_dir", str(output)]) == 0
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed and "a[/b]?[2J" in printed and f"Results: {output}/forgetting.json" in printed
+
+
 def test_any_checkpoints(run, world, tmp_path):  # noqa: F811
     output = tmp_path / "measured"
     checkpoints = {"base": world / "model", "bio": run / "1-bio", "cs": run / "2-cs"}

@@ -113,6 +113,16 @@ def test_the_umask_gives_the_rights_of_every_file(world, tmp_path, monkeypatch, 
     assert {str(path): right for path, right in rights.items() if right != 0o640} == {}
 
 
+def test_a_directory_is_no_markup(world, finished, tmp_path, capsys):
+    """It would end a tag that rich does not know of, after all the training."""
+    output = tmp_path / "a[/b]"
+    shutil.copytree(finished, output)
+    assert _run(world, output, "--resume") == 0
+    printed = capsys.readouterr().out
+    assert f"Results: {output}/forgetting.json    Model: {output}/2-cs" in printed
+    assert f"Report: {output}/report.html" in printed
+
+
 class Interrupted(Exception):
     """What a test ends a run with."""
 

@@ -30,7 +30,6 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 from transformers import PrinterCallback, TrainerCallback
@@ -46,6 +45,7 @@ from das_lm.files import write_json
 from das_lm.interruption import Signals, check_signals
 from das_lm.methods import METHODS, Method
 from das_lm.recipe import check_training
+from das_lm.terminal import Console
 from das_lm.trainer import ContinualTrainer
 
 LANGUAGE_MODELS_ONLY = ("das", "self_replay")
@@ -511,7 +511,7 @@ def benchmark(
     )
     report.save(output)
     console.print(*report.tables(), sep="\n")
-    console.print(f"Tables: {output / TABLE_NAME}    Plots: {output}/*.png", soft_wrap=True)
+    console.print(f"Tables: {output / TABLE_NAME}    Plots: {output}/*.png", soft_wrap=True, markup=False)
     return report
 
 

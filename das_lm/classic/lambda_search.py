@@ -22,7 +22,6 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -30,6 +29,7 @@ from rich.table import Table
 from das_lm.data.blocks import addressed_seed
 from das_lm.errors import NotFinite, UserError, did_you_mean
 from das_lm.files import write_json, write_text
+from das_lm.terminal import Console
 
 if TYPE_CHECKING:
     import optuna
@@ -648,7 +648,7 @@ def _report(
     plot(curve, result, output / PLOT_NAME)
     console.print(*_tables(result), sep="\n")
     console.print(f"[bold]{escape(judged['finding'])}[/bold]", soft_wrap=True)
-    console.print(f"Results: {output / RESULT_NAME}    Plot: {output / PLOT_NAME}", soft_wrap=True)
+    console.print(f"Results: {output / RESULT_NAME}    Plot: {output / PLOT_NAME}", soft_wrap=True, markup=False)
     return result
 
 

@@ -15,15 +15,15 @@ from dataclasses import MISSING, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 
 from das_lm.errors import UserError, did_you_mean
 from das_lm.evaluation.forgetting import FILE_NAME, LOWER_IS_BETTER, MEASURES, Results
 from das_lm.evaluation.frontier import Frontier
 from das_lm.evaluation.intervals import Estimate
-from das_lm.evaluation.tables import console_table, markdown_tables
+from das_lm.evaluation.tables import as_markdown, console_table, markdown_tables
 from das_lm.files import write_json, write_text
+from das_lm.terminal import Console
 
 COMPARISON_NAME, TABLE_NAME = "comparison.json", "table.md"
 #: Figures of `summarize` that are shown -> their names here.
@@ -625,8 +625,8 @@ class Comparison:
         Raises:
             UserError: the directory cannot be written to.
         """
-        lines = [f"- {line}" for line in [*self.findings(), *self.notes]]
-        parts = ["# Runs side by side", self.reading(), *markdown_tables(self.tables()), "\n".join(lines)]
+        lines = [f"- {as_markdown(line)}" for line in [*self.findings(), *self.notes]]
+        parts = ["# Runs side by side", as_markdown(self.reading()), *markdown_tables(self.tables()), "\n".join(lines)]
         try:
             directory.mkdir(parents=True, exist_ok=True)
             write_text(directory / TABLE_NAME, "\n\n".join(part for part in parts if part) + "\n")

@@ -21,6 +21,7 @@ from das_lm.classic.plots import FLOOR, STYLES, plot_final, plot_predictions, pl
 from das_lm.evaluation.forgetting import LOWER_IS_BETTER, MEASURES, PROBES, Results
 from das_lm.evaluation.intervals import Estimate
 from das_lm.files import write_text
+from das_lm.terminal import printable
 
 if TYPE_CHECKING:
     from das_lm.classic.report import Report
@@ -78,7 +79,7 @@ class Drawing:
                 os.replace(temporary, directory / f"{name}.png")
                 self.figure.set_layout_engine("none")  # it has been laid out
                 self.figure.savefig(temporary, format="svg", metadata={"Date": None})
-            text = temporary.read_text(encoding="utf-8")
+            text = printable(temporary.read_text(encoding="utf-8"))  # comments repeat what is drawn
         finally:
             temporary.unlink(missing_ok=True)
         write_text(directory / f"{name}.svg", text)
@@ -501,7 +502,7 @@ def saturation(results: Results) -> Drawing:
     axes.set_xticks(range(len(stages)), [short(stage["name"], min(22, letters)) for stage in stages])
     axes.set_ylim(0, 1)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
-    axes.set_ylabel("held back by the mask")
+    axes.set_ylabel("mean importance")
     axes.set_xlabel("after the stage")
     axes.tick_params(axis="x", length=0)
     axes.grid(axis="y", color="0.92", linewidth=0.6)

@@ -68,7 +68,7 @@ def summarize(matrix: np.ndarray, learned: Sequence[int | None], lower_is_better
         against the final one (Chaudhry et al., 1801.10112);
         `forgetting_rate`: the same from R[j][j] (DAS, 2302.03241);
         `drift`: mean over the domains never learned of R[0][j] against R[T][j].
-        A figure is `None` where there is no domain to take it over.
+        A figure is `None` where there is no domain to take it over, and while nothing has been learned.
     """
     worth = -matrix if lower_is_better else matrix
     last = len(matrix) - 1
@@ -88,7 +88,7 @@ def summarize(matrix: np.ndarray, learned: Sequence[int | None], lower_is_better
         "forward_transfer": mean([worth[stage - 1, j] - worth[0, j] for j, stage in later]),
         "forgetting": mean([worth[stage:last, j].max(axis=0) - worth[last, j] for j, stage in earlier]),
         "forgetting_rate": mean([worth[stage, j] - worth[last, j] for j, stage in earlier]),
-        "drift": mean([worth[0, j] - worth[last, j] for j, stage in enumerate(learned) if stage is None]),
+        "drift": mean([worth[0, j] - worth[last, j] for j, stage in enumerate(learned) if stage is None and last]),
     }
 
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
 
@@ -37,6 +36,7 @@ from das_lm.evaluation.figures import (
 from das_lm.evaluation.forgetting import FIGURES, FIGURES_NAME, LOWER_IS_BETTER, MEASURES, PAGE_NAME, PROBES, Results
 from das_lm.evaluation.intervals import Estimate
 from das_lm.files import write_text
+from das_lm.terminal import Console, printable
 
 SEVERAL_NAME = "report"  # where the page of several runs goes
 TEMPLATES = Path(__file__).parent / "templates"
@@ -172,7 +172,7 @@ def _render(title: str, sections: Sequence[Section]) -> str:
     )
     environment.tests |= {"strong": lambda cell: isinstance(cell, Strong), "long": lambda cell: len(cell) > 60}
     environment.filters["unbroken"] = lambda cell: cell.replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
-    return environment.get_template("report.html").render(title=title, sections=sections)
+    return printable(environment.get_template("report.html").render(title=title, sections=sections))
 
 
 # ---- a run ----------------------------------------------------------------------------------------------------------
@@ -246,10 +246,10 @@ def _words(results: Results) -> list[str]:
         f"{_sentence(description)}{learned}. Before the first and after every stage, {scored} of {of} was measured."
     ]
     if stages and "mean_importance" in results.stages[-1]:
-        kinds = [f"{mean:.0%} of {KINDS.get(k, k)}" for k, mean in results.stages[-1]["mean_importance"].items()]
+        kinds = [f"{mean:.0%} for {KINDS.get(k, k)}" for k, mean in results.stages[-1]["mean_importance"].items()]
         words.append(
-            f"After {stages[-1]}, the mask holds back on average {_listing(kinds)}: what is at 100 % can learn "
-            "nothing more."
+            f"After {stages[-1]}, the mean importance is {_listing(kinds)}. The mask of a next stage holds back every "
+            "unit by its importance: one at 100 % can learn nothing more."
         )
     return words
 

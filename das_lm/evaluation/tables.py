@@ -7,6 +7,11 @@ from collections.abc import Collection, Mapping, Sequence
 from rich.markup import escape
 from rich.table import Table
 
+from das_lm.terminal import printable
+
+#: Characters that could be HTML, a link, a picture, code, or the end of a cell -> how they are shown in Markdown.
+_ESCAPES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"} | {one: f"\\{one}" for one in "\\`[]|"})
+
 
 def console_table(title: str, rows: Sequence[Sequence[str]], words: Collection[str] = ()) -> Table:
     """
@@ -29,6 +34,11 @@ def markdown_tables(tables: Mapping[str, Sequence[Sequence[str]]]) -> list[str]:
     """Title -> rows, the first the header, as paragraphs of Markdown."""
     parts = []
     for title, (header, *rows) in tables.items():
-        lines = [header, ["---"] * len(header), *rows]
-        parts += [f"## {title}", "\n".join(f"| {' | '.join(line)} |" for line in lines)]
+        lines = [list(map(as_markdown, header)), ["---"] * len(header), *(map(as_markdown, row) for row in rows)]
+        parts += [f"## {as_markdown(title)}", "\n".join(f"| {' | '.join(line)} |" for line in lines)]
     return parts
+
+
+def as_markdown(text: str) -> str:
+    """Text of one line in which no name is markup."""
+    return printable(" ".join(text.split())).translate(_ESCAPES)

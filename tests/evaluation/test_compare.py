@@ -382,6 +382,20 @@ def test_the_command_prints_and_writes(tmp_path, capsys, monkeypatch):
     assert data["frontier"][0]["name"] == "naive"
 
 
+def test_a_name_is_no_markup(tmp_path, capsys):
+    """Not in the table for people, which a browser or an editor renders, nor in the terminal."""
+    name = "<script>alert(1)</script>|![x](http://x)[/b]\x1b[2J"
+    for number, rate in enumerate((1e-4, 2e-4)):
+        write(tmp_path / f"{number}", (2.0 + number, 0.3, 0.4), learning_rate=rate, optim=name)
+    write(tmp_path / "das", (2.0, 0.3, 0.4), "das", learning_rate=1e-4)
+    write(tmp_path / name.replace("/", ""), (2.0, 0.3, 0.4), "ewc", stages=2)
+    assert main(["compare", str(tmp_path), "--output_dir", str(tmp_path)]) == 0
+    printed, table = capsys.readouterr().out, (tmp_path / "table.md").read_text()
+    assert "\x1b" not in printed + table and "script>alert(1)" in printed and "[b]?[2J" in printed
+    assert "<" not in table and "![" not in table and "&lt;script&gt;alert(1)" in table
+    assert {line.replace("\\|", "").count("|") for line in table.splitlines() if line.startswith("|")} == {7, 5}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -79,7 +79,7 @@ def test_no_domain_is_measured_that_was_not_learned():
 
 def test_base_model_alone():
     figures = summarize(LOSSES[:1], LEARNED, lower_is_better=True)
-    assert figures["drift"] == 0 and figures["average"] is None and figures["gain"] is None
+    assert set(figures.values()) == {None}
 
 
 def test_domains_of_one_stage():

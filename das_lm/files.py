@@ -111,15 +111,28 @@ def broken_file(directory: Path | str) -> str | None:
     return None
 
 
+def _checkpoints(directory: Path | str) -> list[tuple[int, Path]]:
+    """(Step, path) of the `checkpoint-<step>` directories, in their order."""
+    found = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in Path(directory).glob("checkpoint-*"))
+    return sorted((int(match[1]), path) for match, path in found if match)
+
+
+def rotate_checkpoints(directory: Path | str, step: int, limit: int | None, best: str | None) -> None:
+    """Remove checkpoints before the one that was just saved at `step`, the earliest first, until `limit` of them are
+    left; never the one with the `best` score. Later ones, which a resumed run has passed over, do not count."""
+    if limit is None or limit <= 0:
+        return
+    paths = [path for at, path in _checkpoints(directory) if at <= step]
+    kept = {paths[-1], Path(best or paths[-1])}
+    removable = [path for path in paths if path not in kept]
+    for path in removable[: max(0, len(paths) - max(limit, len(kept)))]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def newest_checkpoint(directory: Path | str) -> Path | None:
     """The `checkpoint-<step>` directory of the highest step that is whole, or `None`; warns of newer ones that are
     not."""
-    found = [
-        (int(match[1]), path)
-        for path in Path(directory).glob("checkpoint-*")
-        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
-    ]
-    for _, path in sorted(found, reverse=True):
+    for _, path in reversed(_checkpoints(directory)):
         broken = broken_file(path)
         if broken is None:
             return path

@@ -22,13 +22,7 @@ from torch import nn
 from torch.utils.data import DataLoader, SequentialSampler
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
-from transformers.trainer_utils import (
-    PREFIX_CHECKPOINT_DIR,
-    EvalLoopOutput,
-    HubStrategy,
-    SaveStrategy,
-    rotate_checkpoints,
-)
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, HubStrategy, SaveStrategy
 from transformers.training_args import ParallelMode
 
 from das_lm import __version__
@@ -48,7 +42,7 @@ from das_lm.data.packing import longest_input, pack, separator_of, windows
 from das_lm.data.streaming import DocumentStream, TrainingStream
 from das_lm.errors import NotFinite, UserError, did_you_mean
 from das_lm.evaluation.held_out import HeldOut, held_out_losses
-from das_lm.files import broken_file, newest_checkpoint, seal, share, write_json
+from das_lm.files import broken_file, newest_checkpoint, rotate_checkpoints, seal, share, write_json
 from das_lm.fsdp import ShardedTraining
 from das_lm.interruption import Interrupted, Signals, check_signals
 from das_lm.methods import METHODS, Method, files_with_training_text, without_effect
@@ -673,7 +667,7 @@ class ContinualTrainer(ShardedTraining):
                 position = self.state.global_step * math.prod(self.batch.values())
                 write_json(checkpoint / STREAM_NAME, self.train_dataset.state_dict(position))
             seal(checkpoint)
-            rotate_checkpoints(run_directory, limit, self.state.best_model_checkpoint, use_mtime=True)
+            rotate_checkpoints(run_directory, self.state.global_step, limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()  # where one process ends, launchers end the others, sealed or not
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import shutil
 import types
 
@@ -22,10 +23,10 @@ from transformers import (
     TrainingArguments,
 )
 
-from das_lm import ContinualTrainer, DASConfig, DASTrainer, Importance
+from das_lm import ContinualTrainer, DASConfig, DASTrainer, Importance, trainer
 from das_lm.data.blocks import MLMMasking, PaddingCollator, TrainingBlocks
 from das_lm.errors import UserError
-from das_lm.files import newest_checkpoint
+from das_lm.files import newest_checkpoint, seal
 from das_lm.units import Units, gated
 from das_lm.units.importance import FILE_NAME
 from tests.conftest import VOCABULARY, WORDS, build_tokenizer, random_blocks, tiny_roberta
@@ -482,6 +483,20 @@ def test_rotation_keeps_the_newest_whole_ones(tmp_path):
     trainer_of(tmp_path, max_steps=4, save_strategy="steps", save_steps=1, save_total_limit=2).train()
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
     assert newest_checkpoint(tmp_path).name == "checkpoint-4"
+
+
+def test_rotation_does_not_ask_the_clock(tmp_path, monkeypatch):
+    """It is set back an hour before every checkpoint; and one of a later step, which is broken, was passed over."""
+    (tmp_path / "checkpoint-9").mkdir()
+
+    def sealed(directory):
+        seal(directory)
+        step = int(directory.name.partition("-")[2])
+        os.utime(directory, (10**9 - 3600 * step,) * 2)
+
+    monkeypatch.setattr(trainer, "seal", sealed)
+    trainer_of(tmp_path, max_steps=4, save_strategy="steps", save_steps=1, save_total_limit=2).train()
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [f"checkpoint-{step}" for step in (3, 4, 9)]
 
 
 # ---- evaluation ----------------------------------------------------------------------------------------------------

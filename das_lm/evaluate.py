@@ -29,7 +29,7 @@ from das_lm.evaluation.held_out import HeldOut
 from das_lm.evaluation.probes import Questions, cloze_accuracy, load_questions
 from das_lm.files import broken_file
 from das_lm.loading import is_causal, load_model, load_tokenizer, model_path
-from das_lm.pretrain import held_out_windows, machine_facts, measuring_trainer
+from das_lm.pretrain import claimed, held_out_windows, machine_facts, measuring_trainer
 from das_lm.recipe import Recipe, load_recipe
 from das_lm.run_directory import RECIPE_NAME, stages_of
 from das_lm.terminal import Console
@@ -87,9 +87,17 @@ def evaluate_run(
     run = Path(run)
     if not (run / RECIPE_NAME).is_file() or not (run / FILE_NAME).is_file():
         raise UserError(f"--run {run}: holds no run of das-lm pretrain; name its output directory")
+    output = Path(output_dir or run)
+    with claimed(output):
+        return _evaluate_run(run, measure, probes or Probes(), output, training)
+
+
+def _evaluate_run(run: Path, measure: Sequence[str], probes: Probes, output: Path, training: Any) -> Results:
     overrides = {"training": {**(training or {}), **QUIET}, **({"measure": list(measure)} if measure else {})}
     recipe = load_recipe(run / RECIPE_NAME, overrides)
     results, stages = Results.load(run), stages_of(recipe, run)
+    if not output.samefile(run):
+        _check_not_anothers(output, results)
     if len(results.stages) <= len(stages):
         missing = stages[max(len(results.stages) - 1, 0)].name
         raise UserError(f"--run {run}: not finished, '{missing}' is missing; go on with das-lm pretrain … --resume")
@@ -105,7 +113,7 @@ def evaluate_run(
     results.domains = {name: results.domains.get(name) for name in order if name in text}
     paths = [model_path(recipe), *(str(stage.directory) for stage in stages)]
     text = {name: text[name] for name in results.domains}
-    return _evaluate(results, paths, recipe, text, probes or Probes(), Path(output_dir or run))
+    return _evaluate(results, paths, recipe, text, probes, output)
 
 
 def evaluate_checkpoints(
@@ -159,7 +167,17 @@ def evaluate_checkpoints(
     }
     text = {domain.name: domain.load(measure_only=True).held_out for domain in entries}
     paths = [model_path(recipe) if path == "built-in" else path for path in checkpoints.values()]
-    return _evaluate(results, paths, recipe, text, probes or Probes(), output)
+    with claimed(output):
+        _check_not_anothers(output, results)
+        return _evaluate(results, paths, recipe, text, probes or Probes(), output)
+
+
+def _check_not_anothers(output: Path, results: Results) -> None:
+    """Whether a directory is free for results, or holds those of the same run, or of checkpoints if these are."""
+    before = Results.load(output).run if (output / FILE_NAME).is_file() else results.run
+    kinds = ["checkpoints" in one for one in (before, results.run)]
+    if before.get("recipe") != results.run.get("recipe") or kinds[0] != kinds[1] or (output / RECIPE_NAME).is_file():
+        raise UserError(f"output_dir: {output} holds the results of another run; name another directory")
 
 
 # ---- all stages, all measures --------------------------------------------------------------------------------------

@@ -95,17 +95,23 @@ def seal(directory: Path | str) -> None:
     write_json(directory / MANIFEST, {"version": 1, "files": entries})
 
 
+def manifest_of(directory: Path | str) -> dict[str, tuple[int, str]]:
+    """Name -> size and SHA-256 of the files in the manifest of a directory; none of one without."""
+    try:
+        entries = json.loads(Path(directory, MANIFEST).read_text(encoding="utf-8"))["files"]
+        return {name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
 def broken_file(directory: Path | str) -> str | None:
     """The first file in which a directory differs from its manifest (the manifest itself if it has none), or `None`
     for a checkpoint that is whole."""
-    directory = Path(directory)
-    try:
-        entries = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["files"]
-        expected = [(name, entry["bytes"], entry["sha256"]) for name, entry in entries.items()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    expected = manifest_of(directory)
+    if not expected:
         return MANIFEST
-    for name, size, digest in expected:
-        path = directory / name
+    for name, (size, digest) in expected.items():
+        path = Path(directory, name)
         if not path.is_file() or path.stat().st_size != size or _sha256(path) != digest:
             return name
     return None

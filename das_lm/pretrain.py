@@ -11,7 +11,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -52,7 +52,18 @@ from das_lm.interruption import ProcessLost, Signals, check_signals, is_about_pr
 from das_lm.loading import check_model, is_causal, load_model, load_tokenizer, model_path, one_line
 from das_lm.methods import METHODS, unread_options, without_effect
 from das_lm.model_card import HubRepository, write_card
-from das_lm.run_directory import CURVES_NAME, Stage, batch_before, check_and_clean, open_output, stages_of
+from das_lm.run_directory import (
+    ASIDE_NAME,
+    CURVES_NAME,
+    Stage,
+    batch_before,
+    check_and_clean,
+    drop_aside,
+    locked,
+    open_output,
+    stages_of,
+    undo_overwriting,
+)
 from das_lm.terminal import Console
 from das_lm.trainer import STATE_NAME, ContinualTrainer, data_seed
 from das_lm.units import Architecture
@@ -100,14 +111,21 @@ def _continual_pretrain(recipe: Recipe, resume: bool, overwrite: bool, halves: b
         use_all_cores()
     transformers.utils.logging.disable_progress_bar()  # of loading and saving weights
     output = Path(recipe.output_dir)
+    restored = False
     try:
-        _on_main(state, check_and_clean, output, recipe, resume, overwrite)
-        check_model(recipe)
-        with state.main_process_first():
-            text, tokenizer = _load_text(recipe, console), load_tokenizer(model_path(recipe), recipe)
-        results = _walk(recipe, output, overwrite, halves, text, tokenizer, state, console)
-        if report and state.is_main_process:
-            console.print(f"Report: {_report(output)}", soft_wrap=True, markup=False)
+        with claimed(output):
+            on_main(state, check_and_clean, output, recipe, resume, overwrite)
+            try:
+                check_model(recipe)
+                with state.main_process_first():
+                    text, tokenizer = _load_text(recipe, console), load_tokenizer(model_path(recipe), recipe)
+                results = _walk(recipe, output, overwrite, halves, text, tokenizer, state, console)
+            except Exception:
+                check_signals()
+                restored = overwrite and state.is_main_process and undo_overwriting(output)
+                raise
+            if report and state.is_main_process:
+                console.print(f"Report: {_report(output)}", soft_wrap=True, markup=False)
         return results
     except (OSError, SafetensorError, RuntimeError) as error:
         check_signals()  # which may have ended others first: data-loader workers, the processes of a launcher
@@ -125,12 +143,21 @@ def _continual_pretrain(recipe: Recipe, resume: bool, overwrite: bool, halves: b
             where = getattr(error, "filename", None) or output
             raise UserError(
                 f"output_dir: cannot write to {where}: {one_line(error)}; free some space, or make it writable, and "
-                "use --resume"
+                f"{'give the same command again' if restored else 'use --resume'}"
             ) from error
         raise
 
 
-def _on_main(state: PartialState, function: Any, *args: Any) -> Any:
+@contextmanager
+def claimed(output: Path) -> Iterator[None]:
+    """[`locked`], by the main process for all."""
+    state = PartialState(cpu=not torch.cuda.is_available())
+    with ExitStack() as until_end:
+        on_main(state, lambda: until_end.enter_context(locked(output)))
+        yield
+
+
+def on_main(state: PartialState, function: Any, *args: Any) -> Any:
     """What a function returns in the main process, or the `UserError` that it raises there, in every process."""
     result: Any = None
     if state.is_main_process:
@@ -204,6 +231,7 @@ def _walk(
     earlier = None
     if (output / RESULTS_NAME).is_file() and not overwrite:
         earlier = Results.load(output)
+        _check_text(earlier.run, results.run)
         results.stages, results.run["warnings"] = earlier.stages, earlier.run["warnings"]
     elif state.is_main_process:
         for name, warning in find_leakage(text).warnings():
@@ -228,6 +256,9 @@ def _walk(
                 larger = _with_new_words(model, larger, stage, text, recipe)
         if state.is_main_process:
             open_output(output, recipe, overwrite)
+            if (output / ASIDE_NAME).is_dir():
+                aside = f"The run before stands in {output / ASIDE_NAME} until '{stages[0].name}' is learned"
+                console.print(aside, soft_wrap=True, markup=False)
         _keep(results, *measured, {"checkpoint": recipe.model_name_or_path}, 0, output, state, None)
         del model, trainer
         state.wait_for_everyone()
@@ -252,9 +283,11 @@ def _walk(
             started = time.perf_counter()
             if earlier:
                 trainer.check_order(batch_before(earlier.run, stage.name))
-            trainer.train(resume_from_checkpoint=_on_main(state, newest_checkpoint, stage.workshop))
+            trainer.train(resume_from_checkpoint=on_main(state, newest_checkpoint, stage.workshop))
             _save(trainer, stage.directory, recipe, None if stage is stages[0] else Path(source))
             seconds = round(time.perf_counter() - started, 1)
+        if state.is_main_process:
+            drop_aside(output)
         if is_finished or recipe.peft:
             with TemporaryDirectory() as scratch:
                 model = load_model(str(stage.directory), recipe)
@@ -495,9 +528,24 @@ def _facts(recipe: Recipe, text: dict[str, Documents], args: Any) -> dict[str, A
         "recipe": yaml.safe_load(recipe.to_yaml()),
         **machine_facts(),
         "processes": args.world_size,
+        "text": {name: one.fingerprints for name, one in text.items()},
         "documents": {n: len(d.train) if d.has_length else None if d.train else 0 for n, d in text.items()},
         "warnings": {name: d.warnings for name, d in text.items() if d.warnings},
     }
+
+
+def _check_text(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Whether a run goes on with the text that it began with."""
+    for name, parts in now["text"].items():
+        for part, digest in parts.items():
+            then: Any = before
+            for key in ("text", name, part):  # an older release wrote none
+                then = then.get(key) if isinstance(then, dict) else None
+            if then not in (None, digest):
+                raise UserError(
+                    f"--resume: the {part} text of domain '{name}' is not what the run began with: put it back, or "
+                    "give another --output_dir to start a new run"
+                )
 
 
 def machine_facts() -> dict[str, Any]:

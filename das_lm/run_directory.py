@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
+import re
 import shutil
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +20,18 @@ from transformers import TrainingArguments
 
 from das_lm.errors import UserError
 from das_lm.evaluation.cache import DIRECTORY as CACHE_NAME
-from das_lm.evaluation.forgetting import FIGURES_NAME, PAGE_NAME
+from das_lm.evaluation.forgetting import FIGURES_NAME, PAGE_NAME, Results
 from das_lm.evaluation.forgetting import FILE_NAME as RESULTS_NAME
-from das_lm.files import broken_file, is_partial, remove_partial, write_text
+from das_lm.files import (
+    MANIFEST,
+    broken_file,
+    is_partial,
+    manifest_of,
+    partial_path,
+    remove_partial,
+    write_json,
+    write_text,
+)
 
 if TYPE_CHECKING:
     from das_lm.data.domains import Domain
@@ -23,6 +39,10 @@ if TYPE_CHECKING:
 
 RECIPE_NAME = "recipe.yaml"
 CURVES_NAME = "tensorboard"
+MARKER_NAME, MARKER_FORMAT = ".das-lm.json", "das_lm.run"
+LOCK_NAME = ".lock"
+ASIDE_NAME = ".overwritten"
+STAGE_PATTERN = re.compile(r"\d+-[\w.-]+")
 #: Training arguments that change with the number of processes, and their defaults.
 PER_PROCESS = {
     name: TrainingArguments.__dataclass_fields__[name].default
@@ -68,23 +88,32 @@ def check_output(output: Path, recipe: Recipe, resume: bool, overwrite: bool) ->
     """Refuse to mix runs, before anything is loaded or written."""
     if resume and overwrite:
         raise UserError("--resume goes on with a run, --overwrite_output_dir removes it: give one of them")
-    existing = next((path for path in (output, *output.absolute().parents) if path.exists()), None)
-    if output.exists() and not output.is_dir():
-        raise UserError(f"output_dir: {output} is a file; name a directory")
-    if existing is not None and not (existing.is_dir() and os.access(existing, os.W_OK)):
-        raise UserError(f"output_dir: cannot write to {existing}; name another directory with --output_dir")
-    if not output.is_dir() or all(is_partial(path) for path in output.iterdir()):
+    _check_place(output)
+    for key, path in _inputs(recipe):
+        if path.resolve().is_relative_to(output.resolve()):
+            raise UserError(
+                f"{key}: {path} is inside of the output directory {output}; what a run reads stands elsewhere: name "
+                "another --output_dir, or move it"
+            )
+    if not is_run(output):
+        if output.is_dir() and not all(_is_no_result(path) for path in output.iterdir()):
+            raise UserError(
+                f"output_dir: {output} is not empty and holds no run; name another directory with --output_dir"
+            )
         if resume:
             raise UserError(f"--resume: {output} holds no run to go on with; leave --resume out")
         return
-    if not (output / RECIPE_NAME).is_file():
-        raise UserError(
-            f"output_dir: {output} is not empty and holds no run; name another directory with --output_dir"
-        )
     if not resume and not overwrite:
+        aside = output / ASIDE_NAME
+        before = f" ({aside} holds the one before, until it has learned a domain)" if aside.exists() else ""
         raise UserError(
-            f"output_dir: {output} holds the results of another run; give --resume to go on with it, "
+            f"output_dir: {output} holds the results of another run{before}; give --resume to go on with it, "
             "--overwrite_output_dir to start again, or another --output_dir"
+        )
+    if overwrite and (foreign := foreign_files(output)):
+        raise UserError(
+            f"--overwrite_output_dir: no run wrote {', '.join(foreign[:3])}{' …' * (len(foreign) > 3)} in {output}, "
+            "among what is removed; move it elsewhere, or name another --output_dir"
         )
     if resume:
         from das_lm.recipe import load_recipe
@@ -101,7 +130,10 @@ def check_output(output: Path, recipe: Recipe, resume: bool, overwrite: bool) ->
 
 
 def check_and_clean(output: Path, recipe: Recipe, resume: bool, overwrite: bool) -> None:
-    """[`check_output`]; and of the run to go on with, whether its finished domains are what was saved."""
+    """[`check_output`] of a directory that is [`locked`]; and whether the finished domains of the run to go on with
+    are what was saved."""
+    if not (output / RECIPE_NAME).is_file() or not all(marker.is_file() for marker in _markers(output, MARKER_NAME)):
+        put_back(output)  # a process that was about to overwrite it was killed
     check_output(output, recipe, resume, overwrite)
     if not resume:
         return
@@ -117,19 +149,232 @@ def check_and_clean(output: Path, recipe: Recipe, resume: bool, overwrite: bool)
 
 
 def open_output(output: Path, recipe: Recipe, overwrite: bool) -> None:
-    if overwrite and (output / RECIPE_NAME).is_file():
-        # Only what a run writes, and the recipe last: whatever is interrupted here can be overwritten again.
-        for path in output.glob("[0-9]*-*"):
-            shutil.rmtree(path)
-        for name in (CACHE_NAME, CURVES_NAME, FIGURES_NAME):
-            shutil.rmtree(output / name, ignore_errors=True)
-        for name in (PAGE_NAME, RESULTS_NAME):
-            (output / name).unlink(missing_ok=True)
-        (output / RECIPE_NAME).unlink()
+    """Set aside what is overwritten, and say what will be written here before it is."""
+    if overwrite and is_run(output):
+        set_aside(output)
     output.mkdir(parents=True, exist_ok=True)
     remove_partial(output)
     if not (output / RECIPE_NAME).is_file():
+        mark(output, recipe)
         write_text(output / RECIPE_NAME, recipe.to_yaml())
+
+
+# ---- what a run writes -------------------------------------------------------------------------------------------
+
+
+def mark(output: Path, recipe: Recipe) -> None:
+    """Write the marker that tells a run, and what it writes, from what else a directory may hold."""
+    _mark(output, [stage.directory.name for stage in stages_of(recipe, output)])
+
+
+def _mark(output: Path, stages: list[str]) -> None:
+    write_json(output / MARKER_NAME, {"format": MARKER_FORMAT, "version": 1, "stages": stages})
+
+
+def is_run(directory: Path) -> bool:
+    """Whether a run has begun in a directory: it has marked it, or, of an older release, its results and its recipe
+    name the same domains."""
+    return (directory / RECIPE_NAME).is_file() and _stages_in(directory) is not None
+
+
+def _stages_in(directory: Path) -> list[str] | None:
+    """Names of the stages that the run in a directory writes, or `None` if it is none."""
+    try:
+        if (directory / MARKER_NAME).is_file():
+            marker = json.loads((directory / MARKER_NAME).read_text(encoding="utf-8"))
+            stages = marker["stages"] if marker["format"] == MARKER_FORMAT else None
+        else:
+            from das_lm.recipe import load_recipe
+
+            recipe = load_recipe(directory / RECIPE_NAME, {"trust_remote_code": False}, check_device=False)
+            learned = [name for name, stage in Results.load(directory).domains.items() if stage]
+            is_ours = sorted(learned) == sorted(domain.name for domain in recipe.domains)
+            stages = [stage.directory.name for stage in stages_of(recipe, directory)] if is_ours else None
+        return stages if stages and all(STAGE_PATTERN.fullmatch(name) for name in stages) else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, UserError):
+        return None
+
+
+def _entries(directory: Path) -> list[Path]:
+    """All that a run has written in a directory; its marker comes last."""
+    stages = _stages_in(directory) or []
+    names = [*stages, *(f"{stage}.training" for stage in stages), CACHE_NAME, CURVES_NAME, FIGURES_NAME, PAGE_NAME]
+    names += [RESULTS_NAME, RECIPE_NAME, MARKER_NAME]
+    return [directory / name for name in names if os.path.lexists(directory / name)]
+
+
+def foreign_files(directory: Path, beside: bool = False) -> list[str]:
+    """Files among the results of a run, or also `beside` them, that it did not write."""
+    entries = _entries(directory)
+    found = [path for entry in entries if entry.is_dir() for path in _foreign_in(entry)]
+    found += [path for path in directory.iterdir() if path not in entries] if beside else []
+    return [str(path.relative_to(directory)) for path in sorted(found) if not is_partial(path)]
+
+
+def _foreign_in(entry: Path) -> Iterator[Path]:
+    if entry.is_symlink():
+        return
+    files = {path.relative_to(entry).as_posix(): path for path in entry.rglob("*") if not path.is_dir()}
+    if entry.name.endswith(".training"):
+        ours = {name for name in files if re.match(r"checkpoint-\d+/", name)}
+    elif entry.name == CACHE_NAME:
+        ours = {name for name in files if re.fullmatch(r"[0-9a-f]{32}\.safetensors", name)}
+    elif entry.name == CURVES_NAME:
+        ours = {name for name in files if files[name].name.startswith("events.out.tfevents.")}
+    elif entry.name == FIGURES_NAME:  # each is there twice
+        ours = {name for name in files if {f"{name[:-4]}.png", f"{name[:-4]}.svg"} <= {name, *files}}
+    else:
+        ours = {*manifest_of(entry), MANIFEST, "README.md"}
+    yield from (path for name, path in files.items() if name not in ours)
+
+
+def _is_no_result(path: Path) -> bool:
+    """Whether a file says nothing, as what a killed process leaves before a run has begun."""
+    return is_partial(path) or path.name in (MARKER_NAME, LOCK_NAME)
+
+
+# ---- the run that is overwritten -----------------------------------------------------------------------------------
+# It stands aside until the new one has saved a domain. The marker moves last, and tells what was done before a kill.
+
+
+def set_aside(output: Path) -> None:
+    """Make room for a new run."""
+    if (output / ASIDE_NAME).is_dir():  # the run here has taken the place of another
+        (drop_aside if any((output / stage).is_dir() for stage in _stages_in(output)) else put_back)(output)
+    if not (output / MARKER_NAME).is_file():
+        _mark(output, _stages_in(output))
+    move_aside(_entries(output))
+
+
+def move_aside(entries: list[Path]) -> None:
+    """Move files and directories, the marker last, out of the way of new ones."""
+    aside = entries[0].parent / ASIDE_NAME
+    aside.mkdir()
+    for path in entries:
+        os.rename(path, aside / path.name)
+
+
+def put_back(output: Path, entries: Callable[[Path], list[Path]] = _entries, marker: str = MARKER_NAME) -> None:
+    """
+    Remove what has been written since something was set aside, if anything was, and put that back.
+
+    Args:
+        output: where.
+        entries: a directory -> what was written in it; the marker last.
+        marker: its name.
+    """
+    aside = output / ASIDE_NAME
+    if not aside.is_dir():
+        return
+    if all(marker.is_file() for marker in _markers(output, marker)):
+        for path in entries(output):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    for path in sorted(aside.iterdir(), key=lambda path: path.name == marker):
+        os.rename(path, output / path.name)
+    aside.rmdir()
+
+
+def _markers(output: Path, name: str) -> tuple[Path, Path]:
+    """Of what is new, and of what is set aside; where one is missing, nothing new has begun."""
+    return output / name, output / ASIDE_NAME / name
+
+
+def drop_aside(output: Path) -> None:
+    """What is new is worth more now: what was set aside goes."""
+    if (output / ASIDE_NAME).is_dir():
+        gone = partial_path(output / ASIDE_NAME)
+        os.rename(output / ASIDE_NAME, gone)
+        shutil.rmtree(gone)
+
+
+def undo_overwriting(output: Path) -> bool:
+    """After a failure: put back the run before, if the new one has nothing that it could go on from."""
+    undo = (output / ASIDE_NAME).is_dir() and not any(output.glob(f"*.training/checkpoint-*/{MANIFEST}"))
+    if undo:
+        put_back(output)
+    return undo
+
+
+# ---- one at a time -----------------------------------------------------------------------------------------------
+
+_locks: set[int] = set()
+# A fork, such as one that loads data, has no share in them: it would keep them when its parent is killed.
+os.register_at_fork(after_in_child=lambda: [os.close(lock) for lock in _locks])
+
+
+@contextmanager
+def locked(output: Path) -> Iterator[None]:
+    """
+    While a block runs, no other process writes to an output directory. A process that is killed holds it no longer.
+
+    Raises:
+        UserError: another process writes there, or nobody can.
+    """
+    _check_place(output)
+    made = [path for path in (output, *output.parents) if not path.exists()]
+    path = output / LOCK_NAME
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        raise UserError(
+            f"output_dir: cannot write to {output}: {error.strerror}; name another directory with --output_dir"
+        ) from error
+    _locks.add(lock)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_ours = os.path.samestat(os.fstat(lock), os.stat(path))  # or its owner has just ended
+        except (BlockingIOError, FileNotFoundError):
+            is_ours = False
+        except OSError:  # a file system without locks
+            is_ours = True
+        if not is_ours:
+            holder = os.read(lock, 1000).decode("utf-8", "replace") or "another process"
+            raise UserError(
+                f"output_dir: {output} is in use by {holder}; wait until it ends, or name another --output_dir"
+            )
+        try:
+            os.truncate(lock, 0)
+            os.write(lock, f"process {os.getpid()} on {socket.gethostname()}".encode())
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            with suppress(OSError):  # something was written
+                for directory in made:
+                    directory.rmdir()
+    finally:
+        _locks.remove(lock)
+        os.close(lock)
+
+
+def _check_place(output: Path) -> None:
+    """Whether a directory can be written to."""
+    existing = next((path for path in (output, *output.absolute().parents) if path.exists()), None)
+    if output.exists() and not output.is_dir():
+        raise UserError(f"output_dir: {output} is a file; name a directory")
+    if existing is not None and not (existing.is_dir() and os.access(existing, os.W_OK)):
+        raise UserError(f"output_dir: cannot write to {existing}; name another directory with --output_dir")
+
+
+def _inputs(recipe: Recipe) -> Iterator[tuple[str, Path]]:
+    """Key and path of all files that a run reads."""
+    given = [("model_name_or_path", recipe.model_name_or_path)]
+    for where, training in (
+        ("", recipe.training),
+        *((f"domain '{one.name}': ", one.training) for one in recipe.domains),
+    ):
+        given.append((f"{where}importance", training.get("importance", "")))
+    for domain in (*recipe.domains, *recipe.measure):
+        for key in ("data", "held_out"):
+            value = getattr(domain, key)
+            given += [
+                (f"domain '{domain.name}': {key}", path) for path in (value if isinstance(value, list) else [value])
+            ]
+    for key, path in given:
+        if isinstance(path, str):
+            path = os.path.expanduser(path)
+            yield from ((key, Path(one)) for one in ([path] if os.path.exists(path) else glob(path, recursive=True)))
 
 
 def batch_before(run: dict[str, Any], name: str) -> dict[str, int]:

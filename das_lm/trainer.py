@@ -21,9 +21,10 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from torch.utils.data import DataLoader, SequentialSampler
 from tqdm.auto import tqdm
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, HubStrategy, SaveStrategy
 from transformers.training_args import ParallelMode
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from das_lm import __version__
 from das_lm.adapters import check_adapter_kind, with_adapter
@@ -42,7 +43,15 @@ from das_lm.data.packing import longest_input, pack, separator_of, windows
 from das_lm.data.streaming import DocumentStream, TrainingStream
 from das_lm.errors import NotFinite, UserError, did_you_mean
 from das_lm.evaluation.held_out import HeldOut, held_out_losses
-from das_lm.files import broken_file, newest_checkpoint, rotate_checkpoints, seal, share, write_json
+from das_lm.files import (
+    broken_file,
+    newest_checkpoint,
+    rotate_checkpoints,
+    seal,
+    share,
+    write_json,
+    write_tensors,
+)
 from das_lm.fsdp import ShardedTraining
 from das_lm.interruption import Interrupted, Signals, check_signals
 from das_lm.methods import METHODS, Method, files_with_training_text, without_effect
@@ -105,7 +114,7 @@ class ContinualTrainer(ShardedTraining):
         **kwargs: Any,
     ):
         _refuse(args)
-        args.hub_strategy = HubStrategy.END  # a push on the way holds training_args.bin: a pickle with the token in it
+        args.hub_strategy = HubStrategy.END  # a push on the way writes training_args.bin, a pickle with the token
         if args.device.type == "cpu":
             keep_freed_memory()
         self.domain = domain
@@ -586,15 +595,22 @@ class ContinualTrainer(ShardedTraining):
     # ---- checkpoints: whole or absent ----------------------------------------------------------------------------
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """A plain transformers directory, with the methods' state beside it and nothing that has to be unpickled."""
+        """A plain transformers directory, with the methods' state beside it and nothing that has to be unpickled. In
+        place of the Trainer's, which writes `training_args.bin`: a pickle with the token in it."""
         directory = Path(output_dir or self.args.output_dir)
         card = directory / "README.md"
         had_card = card.is_file()
         if state_dict is None and is_sharded(self.model):
             state_dict = whole_state_dict(self.model)
         if self.args.should_save:
-            super()._save(output_dir, state_dict)
-            (directory / "training_args.bin").unlink(missing_ok=True)
+            directory.mkdir(parents=True, exist_ok=True)
+            model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+            if isinstance(model, PreTrainedModel | PeftModel):
+                model.save_pretrained(directory, state_dict=state_dict)
+            else:
+                write_tensors(directory / SAFE_WEIGHTS_NAME, state_dict or model.state_dict(), {"format": "pt"})
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(directory)
             if self.has_adapter and not had_card:
                 card.unlink()  # PEFT's draft
         for method in self.methods:  # all processes: each may have a slice of what is saved

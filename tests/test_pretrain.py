@@ -18,8 +18,10 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
+from das_lm import run_directory
 from das_lm.cli import main
 from das_lm.evaluation.forgetting import Results
+from das_lm.recipe import load_recipe
 from das_lm.trainer import ContinualTrainer
 from das_lm.units import Units
 from das_lm.units.importance import Importance
@@ -72,6 +74,7 @@ def finished(world, tmp_path_factory) -> Path:
 
 def test_walk_writes_whole_checkpoints_and_the_matrix(finished):
     assert sorted(path.name for path in finished.iterdir()) == [
+        ".das-lm.json",
         "1-bio",
         "2-cs",
         "forgetting.json",
@@ -148,8 +151,123 @@ def test_another_run_is_overwritten_only_when_told_to(world, finished, tmp_path,
     assert (output / "forgetting.json").read_bytes() == before
     assert _run(world, output, "--overwrite_output_dir", "--method", "naive", "--domain", "bio") == 0
     left = sorted(path.name for path in output.iterdir())
-    assert left == ["1-bio", "forgetting.json", "measured", "notes.md", "recipe.yaml"]
+    assert left == [".das-lm.json", "1-bio", "forgetting.json", "measured", "notes.md", "recipe.yaml"]
     assert not (output / "1-bio" / "importance.safetensors").exists()
+
+
+def _tree(directory):
+    """What a directory holds; of what changes with every look, the name."""
+    return {path.relative_to(directory): path.is_file() and path.read_bytes() for path in directory.rglob("*")}
+
+
+def test_a_recipe_alone_makes_no_run(world, tmp_path, capsys):
+    """A directory of the user's, in which nothing may be lost."""
+    output = tmp_path / "mine"
+    (output / "1-data").mkdir(parents=True)
+    shutil.copy(world / "recipe.yaml", output)
+    (output / "1-data" / "text.txt").write_text("mine")
+    (output / "forgetting.json").write_text("{}")
+    before = _tree(output)
+    for options in ([], ["--overwrite_output_dir"], ["--resume"]):
+        assert _run(world, output, *options) == 2
+        error = capsys.readouterr().err
+        assert "holds no run" in error and "--overwrite_output_dir" not in error
+    assert _tree(output) == before
+
+
+def test_what_no_run_wrote_is_named_and_kept(world, finished, tmp_path, capsys):
+    output = tmp_path / "run"
+    shutil.copytree(finished, output)
+    others = ["1-bio/notes.md", "2-cs.training/notes.md", "measured/mine.safetensors", "figures/mine.png"]
+    for name in others:
+        (output / name).parent.mkdir(exist_ok=True)
+        (output / name).write_text("mine")
+    before = _tree(output)
+    assert _run(world, output, "--overwrite_output_dir") == 2
+    assert ", ".join(others[:1] + sorted(others[1:])[:2]) in capsys.readouterr().err
+    assert _tree(output) == before
+
+
+def test_a_run_of_an_older_release_can_be_overwritten(world, finished, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(finished, output)
+    (output / ".das-lm.json").unlink()
+    assert _run(world, output, "--overwrite_output_dir", "--method", "naive", "--domain", "cs") == 0
+    assert sorted(path.name for path in output.glob("[0-9]*-*")) == ["1-cs"]
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [("model_name_or_path", "1-bio"), ("importance", "1-bio"), ("domain", "cs=*.txt"), ("measure", "old=text.txt")],
+)
+def test_what_a_run_reads_stands_outside_of_its_output(world, finished, tmp_path, capsys, option, value):
+    output = tmp_path / "run"
+    shutil.copytree(finished, output)
+    (output / "text.txt").write_text("mine")
+    name, given, path = value.rpartition("=")
+    assert _run(world, output, "--overwrite_output_dir", f"--{option}", f"{name}{given}{output}/{path}") == 2
+    assert f"is inside of the output directory {output}" in capsys.readouterr().err
+    assert (output / "text.txt").exists() and (output / "2-cs").exists()
+
+
+NEW = ("--overwrite_output_dir", "--method", "naive")
+
+
+def test_the_run_before_comes_back_if_the_new_one_fails(world, finished, tmp_path, monkeypatch):
+    """Before its first checkpoint. Later it can be resumed, and the run before waits until a domain is learned."""
+    output = tmp_path / "run"
+    shutil.copytree(finished, output)
+    before = _tree(output)
+    step = ContinualTrainer.training_step
+
+    def fail(self, *arguments):
+        if self.state.global_step == at:
+            raise Interrupted
+        return step(self, *arguments)
+
+    monkeypatch.setattr(ContinualTrainer, "training_step", fail)
+    at = 1
+    with pytest.raises(Interrupted):
+        _run(world, output, *NEW)
+    assert _tree(output) == before
+    at = 2
+    with pytest.raises(Interrupted):
+        _run(world, output, *NEW)
+    assert _tree(output / ".overwritten") == before
+    at = None
+    assert _run(world, output, "--method", "naive", "--resume") == 0
+    assert not (output / ".overwritten").exists()
+    assert Results.load(output).run["recipe"]["method"] == ["naive"]
+
+
+@pytest.mark.parametrize("moment", range(18))
+def test_a_kill_while_a_run_is_set_aside_loses_nothing(world, finished, tmp_path, monkeypatch, moment):
+    """Nor while it is put back."""
+
+    class Killed(BaseException):
+        pass
+
+    def until_killed(function):
+        def wrapper(*arguments, **options):
+            calls.append(function)
+            if len(calls) > moment:
+                raise Killed
+            return function(*arguments, **options)
+
+        return wrapper
+
+    output, calls, recipe = tmp_path / "run", [], load_recipe(world / "recipe.yaml")
+    shutil.copytree(finished, output)
+    before = _tree(output)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        for where, name in ((os, "rename"), (os, "rmdir"), (Path, "mkdir"), (Path, "unlink")):
+            patch.setattr(where, name, until_killed(getattr(where, name)))
+        patch.setattr(run_directory, "write_json", until_killed(run_directory.write_json))
+        run_directory.open_output(output, recipe, overwrite=True)
+        run_directory.undo_overwriting(output)
+        pytest.fail("not killed")
+    assert _run(world, output) == 2
+    assert before in (_tree(output), _tree(output / ".overwritten"))
 
 
 @pytest.mark.parametrize("schedule", ["alternating", "interleaved"])

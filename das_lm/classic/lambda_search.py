@@ -532,8 +532,23 @@ def search_lambda(
     Raises:
         UserError: another search in `output_dir`.
     """
+    from das_lm.run_directory import locked, put_back
+
     output, console = Path(output_dir), console or Console(highlight=False)
-    _open_output(output, {"search": asdict(search), "objective": dict(about or {})}, resume, overwrite)
+    with locked(output):
+        _open_output(output, {"search": asdict(search), "objective": dict(about or {})}, resume, overwrite)
+        try:
+            return _search(search, objective, output, about or {}, console)
+        except Exception:
+            put_back(output, _entries, SETTINGS_NAME)  # if nothing has been measured
+            raise
+
+
+def _search(
+    search: Search, objective: Objective, output: Path, about: Mapping[str, Any], console: Console
+) -> dict[str, Any]:
+    from das_lm.run_directory import drop_aside
+
     ledger = _Ledger(output / EVALUATIONS_NAME)
     stopped: dict[int, str] = {}
     progress = Progress(
@@ -551,6 +566,7 @@ def search_lambda(
             bar = progress.add_task("search", total=total)
 
             def done(trial: int, weight: float) -> None:
+                drop_aside(output)
                 known = {w: value for w, value in ledger.trial(trial).items() if value is not None}
                 best = min(known, key=known.get) if known else math.nan
                 name = f"trial {trial + 1}" if trial < search.trials else "test"
@@ -725,26 +741,36 @@ def plot(curve: Curve, result: Mapping[str, Any], path: Path) -> None:
 
 def _open_output(output: Path, settings: dict[str, Any], resume: bool, overwrite: bool) -> None:
     """Refuse to mix searches, before anything runs."""
+    from das_lm.run_directory import ASIDE_NAME, LOCK_NAME, foreign_files, move_aside, put_back
+
     settings = json.loads(json.dumps(settings))
     path = output / SETTINGS_NAME
     if resume and overwrite:
         raise UserError("--resume goes on with a search, --overwrite_output_dir removes it: give one of them")
-    if output.exists() and not output.is_dir():
-        raise UserError(f"output_dir: {output} is a file; name a directory")
-    if output.is_dir() and any(output.iterdir()) and not path.is_file():
+    if not resume or not all(one.is_file() for one in (path, output / ASIDE_NAME / SETTINGS_NAME)):
+        put_back(output, _entries, SETTINGS_NAME)  # a search that was to take its place was killed
+    entries = _entries(output)
+    if not entries and any(one.name != LOCK_NAME for one in output.iterdir()):
         raise UserError(f"output_dir: {output} is not empty and holds no search; name another directory")
-    if resume and not path.is_file():
+    if resume and not entries:
         raise UserError(f"--resume: {output} holds no search to go on with; leave --resume out")
-    if path.is_file() and not resume and not overwrite:
+    if entries and not resume and not overwrite:
         raise UserError(
             f"output_dir: {output} holds another search; give --resume to go on with it, --overwrite_output_dir to "
             "start again, or another --output_dir"
         )
-    if overwrite and path.is_file():
-        for name in (EVALUATIONS_NAME, RESULT_NAME, PLOT_NAME):
-            (output / name).unlink(missing_ok=True)
-        shutil.rmtree(output / "runs", ignore_errors=True)
-        path.unlink()
+    if overwrite and entries:
+        foreign = []
+        for one in output.glob("runs/*/*"):
+            name = one.relative_to(output)
+            foreign += [name / inside for inside in foreign_files(one, beside=True)] if one.is_dir() else []
+            foreign += [name] if one.is_file() and one.suffix != ".log" else []
+        if foreign:
+            raise UserError(
+                f"--overwrite_output_dir: no search wrote {foreign[0]} in {output}, among what is removed; move it "
+                "elsewhere, or name another --output_dir"
+            )
+        move_aside(entries)
     if resume:
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
@@ -763,6 +789,18 @@ def _open_output(output: Path, settings: dict[str, Any], resume: bool, overwrite
         write_json(path, settings)
     except OSError as error:
         raise UserError(f"output_dir: cannot write to {output}: {error.strerror}") from error
+
+
+def _entries(output: Path) -> list[Path]:
+    """All that a search has written, its settings last; nothing where there is none of ours."""
+    try:
+        settings = json.loads((output / SETTINGS_NAME).read_text(encoding="utf-8"))
+        if set(settings) != {"search", "objective"} or not settings["search"].keys() >= {"trials", "confirm"}:
+            return []
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return []
+    names = ("runs", EVALUATIONS_NAME, RESULT_NAME, PLOT_NAME, SETTINGS_NAME)
+    return [output / name for name in names if (output / name).exists()]
 
 
 # ---- what is measured ----------------------------------------------------------------------------------------------
@@ -948,7 +986,7 @@ class _RecipeTrial:
     def __call__(self, weight: float) -> dict[str, Any]:
         from das_lm.evaluation.forgetting import Results
         from das_lm.pretrain import continual_pretrain
-        from das_lm.run_directory import RECIPE_NAME, stages_of
+        from das_lm.run_directory import RECIPE_NAME, mark, stages_of
 
         output = self.directory / f"lambda-{weight!r}"
         training = {**self.recipe.training, "penalty_weight": weight}
@@ -961,6 +999,7 @@ class _RecipeTrial:
             output.mkdir(parents=True, exist_ok=True)
             if not stages[0].directory.exists():
                 stages[0].directory.symlink_to(first.absolute(), target_is_directory=True)
+            mark(output, recipe)
             results = Results.load(shared)
             results.save(output)
             write_text(output / RECIPE_NAME, recipe.to_yaml())  # the last: now there is a run to go on with
@@ -972,6 +1011,7 @@ class _RecipeTrial:
                 return _diverged(error)
         if not (shared / "forgetting.json").is_file():
             shared.mkdir(exist_ok=True)
+            mark(shared, recipe)
             shutil.copytree(stages[0].directory, first, dirs_exist_ok=True)
             Results(results.domains, results.stages[:2], results.run).save(shared)
         histories = [

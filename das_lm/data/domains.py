@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import re
 from collections.abc import Iterable
@@ -60,6 +61,12 @@ class Documents:
         from datasets import Dataset
 
         return isinstance(self.train, Dataset)
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """`training` (of a stream, see [`TrainingStream`]) and `held-out` -> [`text_fingerprint`]."""
+        parts = {"training": self.train if self.has_length else None, "held-out": self.held_out}
+        return {name: text_fingerprint(part) for name, part in parts.items() if part is not None}
 
 
 @in_plain_words
@@ -384,6 +391,12 @@ class Domain:
 
     def _count(self, number: int, outcome: str, what: str = "") -> str:
         return f"domain '{self.name}': {number:,} {what}document{'s' * (number != 1)} {outcome}"
+
+
+def text_fingerprint(documents: Dataset) -> str:
+    """A hash of all documents in their order."""
+    ids = documents.select_columns("id")[:]["id"]
+    return hashlib.blake2b("".join(ids).encode(), digest_size=8).hexdigest()
 
 
 def data_kind(data: str | list[str]) -> str:

@@ -77,19 +77,16 @@ def missing_column(where: str, column: str, columns: list[str]) -> str:
 
 
 def read_files(patterns: list[str], column: str, limit: int | None, name: str) -> Dataset:
-    """Rows of all files, kept in the cache of `datasets` for as long as nothing that they depend on changes."""
+    """Rows of all files, kept in the cache of `datasets` by all that they depend on."""
     import datasets
 
-    files = []
-    for path in _files(patterns, name):
-        status = os.stat(path)
-        files.append((path, status.st_size, status.st_mtime_ns))
+    files = tuple((path, _content_hash(path)) for path in _files(patterns, name))
     try:
         return datasets.Dataset.from_generator(
             _rows_of_files,
             features=row_features(),
             gen_kwargs={
-                "files": tuple(files),
+                "files": files,
                 "column": column,
                 "limit": limit,
                 "code": Path(__file__).read_bytes(),
@@ -97,6 +94,14 @@ def read_files(patterns: list[str], column: str, limit: int | None, name: str) -
         )
     except datasets.exceptions.DatasetGenerationError as error:
         raise error.__cause__ or error from None
+
+
+def _content_hash(path: str) -> str:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "blake2b").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
 
 
 def stream_files(patterns: list[str], column: str, name: str) -> IterableDataset:
@@ -151,7 +156,7 @@ def _suffix(path: str) -> str:
 
 
 def _rows_of_files(
-    files: tuple[tuple[str, int, int], ...], column: str, limit: int | None, code: bytes
+    files: tuple[tuple[str, str], ...], column: str, limit: int | None, code: bytes
 ) -> Iterator[dict[str, Any]]:
     """All that the rows depend on are arguments, for they make the key of the cache: `code` is this module's."""
 
@@ -198,7 +203,8 @@ def _lines(path: str) -> Iterator[tuple[int, str]]:
 def _read_text(path: str, column: str) -> Iterator[str]:
     """Documents separated by blank lines; a file without a blank line between two others has one per line."""
     status = os.stat(path)
-    separated = _has_blank_lines(path, status.st_size, status.st_mtime_ns)
+    identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    separated = _has_blank_lines(path, identity)
     document: list[str] = []
     for _, line in _lines(path):
         line = line.rstrip("\r\n")
@@ -212,7 +218,7 @@ def _read_text(path: str, column: str) -> Iterator[str]:
 
 
 @functools.lru_cache
-def _has_blank_lines(path: str, size: int, changed: int) -> bool:
+def _has_blank_lines(path: str, identity: tuple[int, ...]) -> bool:
     """Whether a blank line stands between two others; kept, for a stream opens its files again and again."""
     text = blank = False
     for _, line in _lines(path):

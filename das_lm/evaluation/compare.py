@@ -139,7 +139,7 @@ def find_runs(paths: Sequence[Path | str]) -> list[Path]:
     for path in map(Path, paths):
         here = []
         for directory, below, files in os.walk(path):
-            below.sort()
+            below[:] = sorted(name for name in below if not name.startswith("."))
             if FILE_NAME in files:
                 here.append(Path(directory))
                 below.clear()

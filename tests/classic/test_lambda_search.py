@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -30,6 +31,7 @@ from das_lm.classic.lambda_search import (
 from das_lm.cli import main
 from das_lm.errors import UserError
 from das_lm.recipe import load_recipe
+from das_lm.run_directory import locked
 from tests.conftest import build_tokenizer, tiny_roberta
 
 QUIET = Console(quiet=True)
@@ -201,6 +203,31 @@ def test_other_searches_are_refused(tmp_path):
         start(directory=tmp_path / "b", overwrite=True)
     with pytest.raises(UserError, match="is a file"):
         start(directory=tmp_path / "b" / "thesis.txt")
+
+
+def test_what_is_overwritten_comes_back_if_nothing_is_measured(tmp_path):
+    def broken(seed):
+        raise UserError("no model")
+
+    search_lambda(SMALL, objective(bowl), tmp_path, console=QUIET)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*")}
+    with pytest.raises(UserError, match="no model"):
+        search_lambda(SMALL, broken, tmp_path, overwrite=True, console=QUIET)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*")} == before
+    mine = tmp_path / "runs" / "seed-1" / "notes.md"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    with pytest.raises(UserError, match="no search wrote runs/seed-1/notes.md"):
+        search_lambda(SMALL, objective(bowl), tmp_path, overwrite=True, console=QUIET)
+    mine.unlink()
+    search_lambda(replace(SMALL, trials=3), objective(bowl), tmp_path, overwrite=True, console=QUIET)
+    assert not (tmp_path / "runs").exists() and not (tmp_path / ".overwritten").exists()
+
+
+def test_one_search_at_a_time(tmp_path):
+    with locked(tmp_path), pytest.raises(UserError, match=f"in use by process {os.getpid()} on "):
+        search_lambda(SMALL, objective(bowl), tmp_path, console=QUIET)
+    search_lambda(SMALL, objective(bowl), tmp_path, console=QUIET)
 
 
 def test_a_run_that_diverges_is_the_worst(tmp_path):

@@ -3,9 +3,11 @@
 import csv
 import gzip
 import json
+import os
 import random
 import sys
 import types
+from pathlib import Path
 
 import datasets
 import pytest
@@ -116,6 +118,19 @@ def test_quoted_line_breaks_in_csv():
 def test_a_file_that_changes_is_read_again():
     Domain("d", write("a.txt", "\n".join(TEXTS))).load()
     assert all_texts(Domain("d", write("a.txt", "\n".join(TEXTS[:5]))).load()) == sorted(TEXTS[:5])
+
+
+def test_files_that_only_look_alike_are_told_apart(tmp_path, monkeypatch):
+    """The same relative name, size and time, in two directories."""
+    for name in ("one", "two"):
+        monkeypatch.chdir(tmp_path)
+        Path(name).mkdir()
+        monkeypatch.chdir(name)
+        Path("text.txt").write_text("\n".join(f"text {index} of {name}, long enough" for index in range(4)))
+        os.utime("text.txt", (10**9, 10**9))
+        loaded = Domain("d", "text.txt").load()
+        texts = [row["text"] for part in (loaded.train, loaded.held_out) for row in part]
+        assert len(texts) == 4 and all(f"of {name}" in text for text in texts)
 
 
 def test_documents_of_files_are_on_disk_so_that_their_tokens_are_cached():

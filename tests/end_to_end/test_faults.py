@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,12 +18,15 @@ from typing import Any
 import pytest
 
 from das_lm import ContinualTrainer, DASConfig, pretrain, run_directory, trainer
+from das_lm.cli import main
+from das_lm.data.domains import Domain
 from das_lm.errors import UserError
 from das_lm.evaluation.cache import Cache
 from das_lm.evaluation.forgetting import Results
 from das_lm.files import broken_file
 from das_lm.interruption import Interrupted, Signals, check_signals
 from das_lm.methods import DAS
+from das_lm.run_directory import locked
 from tests.conftest import build_tokenizer, random_blocks, tiny_roberta
 from tests.test_pretrain import _run, finished, world  # noqa: F401 (fixtures)
 from tests.test_scripts import load
@@ -122,6 +126,76 @@ def test_three_real_kills_of_one_run(world, finished, tmp_path):  # noqa: F811
     ]
     assert None not in died_in and "saving a checkpoint" in died_in
     _finish(world, output, tmp_path / "whole", *shown)
+
+
+# ---- two at once -------------------------------------------------------------------------------------------------
+
+
+def test_one_process_at_a_time_writes_to_a_directory(world, finished, tmp_path, capsys):  # noqa: F811
+    output, names = tmp_path / "run", {path.name for path in finished.iterdir()}
+    shutil.copytree(finished, output)
+    with locked(output):
+        for options in ("--resume", "--overwrite_output_dir"):
+            assert _run(world, output, options) == 2
+            error = capsys.readouterr().err
+            assert (
+                f"{output} is in use by process {os.getpid()} on {socket.gethostname()}; wait until it ends" in error
+            )
+        assert main(["evaluate", "--run", str(output)]) == 2
+        assert "is in use by" in capsys.readouterr().err
+        assert main(["evaluate", "--run", str(output), "--output_dir", str(tmp_path / "other")]) == 0
+    assert _run(world, output, "--resume") == 0
+    assert {path.name for path in output.iterdir()} == names  # and no lock
+
+
+def test_a_lock_ends_with_its_process_and_leaves_no_directory(tmp_path):
+    """A fork of it, such as one that loads data, lives on."""
+    with pytest.raises(UserError, match="x"), locked(tmp_path / "a" / "b"):
+        assert (tmp_path / "a" / "b").is_dir()
+        raise UserError("x")
+    assert not list(tmp_path.iterdir())
+    ours, theirs = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with locked(tmp_path):
+            if (fork := os.fork()) != 0:
+                os.write(theirs, str(fork).encode())
+            signal.pause()
+    fork = int(os.read(ours, 100))
+    with pytest.raises(UserError, match=f"in use by process {child} on "), locked(tmp_path):
+        pass
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    with locked(tmp_path):
+        os.kill(fork, signal.SIGKILL)
+    assert not list(tmp_path.iterdir())
+
+
+# ---- other text --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, part", [("bio", "training"), ("cs", "training"), ("cs", "held-out"), ("old", "held-out")]
+)
+def test_a_run_goes_on_with_the_text_that_it_began_with(world, finished, tmp_path, capsys, name, part):  # noqa: F811
+    """One document of a domain, learned or not yet, is another one; of the same size, and no newer."""
+    output, path = tmp_path / "run", world / f"{name}.txt"
+    shutil.copytree(finished, output)
+    shutil.rmtree(output / "2-cs")
+    text, status = path.read_text(), path.stat()
+    lines = text.splitlines()
+    held_out = set(Domain(name, str(path)).load().held_out["text"])
+    at = next(i for i, line in enumerate(lines) if (line in held_out or name == "old") == (part == "held-out"))
+    try:
+        lines[at] = " ".join(reversed(lines[at].split()))
+        path.write_text("\n".join(lines))
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+        assert _run(world, output, "--resume") == 2
+        error = capsys.readouterr().err
+        assert f"text of domain '{name}' is not what the run began with: put it back" in error
+    finally:
+        path.write_text(text)
+    _finish(world, output, finished)
 
 
 # ---- SIGTERM and Ctrl-C ------------------------------------------------------------------------------------------

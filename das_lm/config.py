@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 
-from transformers import TrainingArguments
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainingArguments, get_scheduler
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.trainer_pt_utils import AcceleratorConfig
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+from transformers.utils import is_liger_kernel_available
 
-from das_lm.errors import UserError
+from das_lm.errors import UserError, did_you_mean
 from das_lm.units.importance import ACCUMULATIONS, NORMALIZATIONS
 
 PROXIES = ("hidden", "logits")
@@ -17,6 +27,74 @@ FISHERS = ("true", "empirical")
 EWC_MODES = ("separate", "online")
 SELF_REPLAY_TARGETS = ("tokens", "distributions")
 NCL_CURVATURES = ("diagonal", "kronecker")
+
+CHOICES = {
+    "importance_normalization": NORMALIZATIONS,
+    "importance_accumulation": ACCUMULATIONS,
+    "proxy": PROXIES,
+    "soft_mask_target": SOFT_MASK_TARGETS,
+    "fisher": FISHERS,
+    "ewc_mode": EWC_MODES,
+    "self_replay_target": SELF_REPLAY_TARGETS,
+    "ncl_curvature": NCL_CURVATURES,
+}
+LARGEST = 2**32 - 1
+#: Least and largest value of every number, those of TrainingArguments first. Below 1 there is room for 1 - 1e-6.
+BOUNDS = {
+    "per_device_train_batch_size": (1, LARGEST),
+    "per_device_eval_batch_size": (1, LARGEST),
+    "gradient_accumulation_steps": (1, LARGEST),
+    "num_train_epochs": (1e-6, LARGEST),
+    "max_steps": (-1, LARGEST),
+    "learning_rate": (0, 1e6),
+    "warmup_steps": (0, LARGEST),
+    "weight_decay": (0, 1e6),
+    "adam_beta1": (0, 1 - 1e-6),
+    "adam_beta2": (0, 1 - 1e-6),
+    "adam_epsilon": (1e-30, 1e6),
+    "max_grad_norm": (0, None),
+    "label_smoothing_factor": (0, 1),
+    "neftune_noise_alpha": (0, 1e6),
+    "torch_empty_cache_steps": (1, LARGEST),
+    "logging_steps": (1e-6, LARGEST),
+    "eval_steps": (1e-6, LARGEST),
+    "eval_delay": (0, LARGEST),
+    "eval_accumulation_steps": (1, LARGEST),
+    "save_steps": (1e-6, LARGEST),
+    "save_total_limit": (0, LARGEST),
+    "seed": (0, LARGEST),
+    "data_seed": (0, LARGEST),
+    "dataloader_num_workers": (0, 1024),
+    "dataloader_prefetch_factor": (1, 1024),
+    "ddp_bucket_cap_mb": (1, LARGEST),
+    "ddp_timeout": (1, 2**31 - 1),
+    "max_length": (8, LARGEST),
+    "mlm_probability": (0.01, 1),
+    "importance_samples": (1, LARGEST),
+    "importance_batch_size": (1, LARGEST),
+    "gate_dropout": (0, 0.9),
+    "soft_mask_strength": (0, 1),
+    "non_unit_lr_scale": (0, 1e6),
+    "contrast_weight": (0, None),
+    "contrast_temperature": (1e-4, None),
+    "penalty_weight": (0, None),
+    "ewc_decay": (0, 1),
+    "si_damping": (1e-12, None),
+    "rwalk_decay": (0, 1),
+    "rwalk_interval": (1, LARGEST),
+    "scp_projections": (1, LARGEST),
+    "memory_size": (1, LARGEST),
+    "replay_ratio": (0, 1),
+    "self_replay_sweeps": (1, LARGEST),
+    "lwf_weight": (0, None),
+    "lwf_temperature": (1e-4, None),
+    "ema_decay": (0, 1),
+    "gem_margin": (0, None),
+    "ncl_prior": (1e-12, None),
+    "ncl_radius": (1e-12, None),
+}
+#: Optimizers that step inside of the backward pass, where no mask and no method comes between.
+FUSED_WITH_BACKWARD = ("lomo", "layerwise")
 
 
 @dataclass
@@ -236,22 +314,37 @@ class DASConfig(TrainingArguments):
                 "steps in a buffer of its own, so that no mask comes between; use FSDP2, which shards as ZeRO does "
                 "(recipes/accelerate/fsdp2.yaml), or DDP"
             )
+        if self.parallelism_config is not None:
+            raise UserError("parallelism_config: not supported; use FSDP2 (recipes/accelerate/fsdp2.yaml), or DDP")
+        if self.report_to is None:
+            self.report_to = "none"
+        self._check_numbers()
+        self._check_choices()
+        self._check_mappings()
         super().__post_init__()
         self.dataloader_pin_memory &= self.device.type != "cpu"
         if self.importance_batch_size is None:
             self.importance_batch_size = self.per_device_train_batch_size
-        for name, choices in (
-            ("importance_normalization", NORMALIZATIONS),
-            ("importance_accumulation", ACCUMULATIONS),
-            ("proxy", PROXIES),
-            ("soft_mask_target", SOFT_MASK_TARGETS),
-            ("fisher", FISHERS),
-            ("ewc_mode", EWC_MODES),
-            ("self_replay_target", SELF_REPLAY_TARGETS),
-            ("ncl_curvature", NCL_CURVATURES),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}: '{getattr(self, name)}' is none of {', '.join(choices)}")
+        if self.chunked_cross_entropy and self.label_smoothing_factor:
+            raise ValueError("chunked_cross_entropy: computes no label smoothing; leave one of the two off")
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns: must be false; labels and example ids are no model arguments")
+        if self.save_strategy == SaveStrategy.BEST and self.metric_for_best_model is None:
+            raise ValueError("save_strategy: 'best' needs metric_for_best_model, such as bio_loss for the domain bio")
+        for name in ("load_best_model_at_end", "metric_for_best_model"):
+            if getattr(self, name) and self.eval_strategy == IntervalStrategy.NO:
+                raise ValueError(f"{name}: nothing is measured while training; write eval_strategy: epoch")
+        self._check_schedule()
+
+    def _check_numbers(self) -> None:
+        for name, (low, high) in BOUNDS.items():
+            value = getattr(self, name)
+            if value is not None and not (value >= low and (high is None or value <= high)):
+                bounds = f"at most {high}" if high is not None and value > high else f"at least {low}"
+                bounds = f"between {low} and {high}" if high is not None and high <= 1 else bounds
+                raise ValueError(f"{name}: {value} must be {bounds}")
+        if self.max_steps == 0:
+            raise ValueError("max_steps: 0 would be no limit; write 1 or more, or -1 to train for num_train_epochs")
         if self.interpolation_alpha != "auto":
             try:
                 inside = 0 <= float(self.interpolation_alpha) <= 1
@@ -261,49 +354,108 @@ class DASConfig(TrainingArguments):
                 raise ValueError(
                     f"interpolation_alpha: '{self.interpolation_alpha}' is neither a number in [0, 1] nor 'auto'"
                 )
+
+    def _check_choices(self) -> None:
+        choices = {one.name: one.metadata["choices"] for one in fields(self) if one.metadata.get("choices")}
+        for name, valid in {**choices, **CHOICES}.items():
+            value = getattr(self, name)
+            if value is not None and value not in valid:
+                raise ValueError(f"{name}: '{value}' is none of {', '.join(valid)}")
         unknown = sorted(set(self.soft_mask_units) - set(UNIT_KINDS))
         if unknown:
             raise ValueError(f"soft_mask_units: '{unknown[0]}' is none of {', '.join(UNIT_KINDS)}")
-        for name, low, high in (
-            ("max_length", 8, None),
-            ("mlm_probability", 0.01, 1),
-            ("importance_samples", 1, None),
-            ("importance_batch_size", 1, None),
-            ("gate_dropout", 0, 0.9),
-            ("soft_mask_strength", 0, 1),
-            ("non_unit_lr_scale", 0, None),
-            ("contrast_weight", 0, None),
-            ("contrast_temperature", 1e-4, None),
-            ("penalty_weight", 0, None),
-            ("ewc_decay", 0, 1),
-            ("si_damping", 1e-12, None),
-            ("rwalk_decay", 0, 1),
-            ("rwalk_interval", 1, None),
-            ("scp_projections", 1, None),
-            ("memory_size", 1, None),
-            ("replay_ratio", 0, 1),
-            ("self_replay_sweeps", 1, None),
-            ("lwf_weight", 0, None),
-            ("lwf_temperature", 1e-4, None),
-            ("ema_decay", 0, 1),
-            ("gem_margin", 0, None),
-            ("ncl_prior", 1e-12, None),
-            ("ncl_radius", 1e-12, None),
-        ):
-            value = getattr(self, name)
-            if not value >= low or (high is not None and value > high):
-                bounds = f"between {low} and {high}" if high is not None else f"at least {low}"
-                raise ValueError(f"{name}: {value} must be {bounds}")
-        if self.chunked_cross_entropy and self.label_smoothing_factor:
-            raise ValueError("chunked_cross_entropy: computes no label smoothing; leave one of the two off")
-        if self.remove_unused_columns:
-            raise ValueError("remove_unused_columns: must be false; labels and example ids are no model arguments")
-        for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):  # old and new name
-            given = getattr(self, name, None) or {}
-            if not isinstance(given, dict):
-                raise ValueError(f"{name}: '{given}' is no mapping; write for example {{\"use_reentrant\": false}}")
-            if given.get("use_reentrant"):
+        if self.train_sampling_strategy != "random":
+            raise ValueError(
+                f"train_sampling_strategy: '{self.train_sampling_strategy}' does nothing here, for every row has its "
+                "place by the seed; leave it out"
+            )
+        if any(part in self.optim for part in FUSED_WITH_BACKWARD):
+            raise ValueError(
+                f"optim: '{self.optim}' steps inside of the backward pass, where no mask comes between; write another"
+            )
+        for name in ("dataloader_persistent_workers", "dataloader_multiprocessing_context"):
+            if getattr(self, name) and not self.dataloader_num_workers:
+                raise ValueError(f"{name}: there are no workers; write dataloader_num_workers too, or leave it out")
+        if self.ddp_backend is not None and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            raise ValueError("ddp_backend: there is one process, which talks to no other; leave it out")
+        names = [self.report_to] if isinstance(self.report_to, str) else self.report_to
+        unknown = sorted(set(names) - set(INTEGRATION_TO_CALLBACK) - {"all", "none"})
+        if unknown:
+            raise ValueError(f"report_to: '{unknown[0]}' is none of none, all, {', '.join(INTEGRATION_TO_CALLBACK)}")
+        if self.torch_compile_backend is not None or self.torch_compile_mode is not None:
+            from accelerate.utils import DynamoBackend
+            from torch._inductor import list_mode_options
+
+            backends = [one.value.lower() for one in DynamoBackend if one.value != "NO"]
+            for name, valid in (("torch_compile_backend", backends), ("torch_compile_mode", list_mode_options())):
+                value = getattr(self, name)
+                if value is not None and value not in valid:
+                    raise ValueError(f"{name}: '{value}' is none of {', '.join(valid)}")
+
+    def _check_mappings(self) -> None:
+        for name in self._VALID_DICT_FIELDS:
+            given, is_file = getattr(self, name), name in ("accelerator_config", "fsdp_config")
+            if isinstance(given, str):
+                with suppress(OSError, ValueError):
+                    given = json.loads(Path(given).read_text("utf-8") if is_file and given[:1] != "{" else given)
+            if isinstance(given, str | list | int | float):
+                what = "no mapping, and no file of one" if is_file else "no mapping"
+                raise ValueError(f"{name}: '{given}' is {what}; write it as JSON, as in {{\"a\": 1}}")
+            if name.endswith("checkpointing_kwargs") and (given or {}).get("use_reentrant"):
                 raise ValueError(
                     f"{name}: use_reentrant must be false; reentrant checkpointing gives the gates wrong gradients "
                     "without a message"
                 )
+            if name == "accelerator_config" and isinstance(given, dict):
+                known = {one.name for one in fields(AcceleratorConfig)}
+                unknown = sorted(set(map(str, given)) - known)
+                if unknown:
+                    raise ValueError(f"{name}: there is no '{unknown[0]}'.{did_you_mean(unknown[0], known)}")
+                if "num_steps" in (given.get("gradient_accumulation_kwargs") or {}):
+                    raise ValueError(f"{name}: num_steps has another place: write gradient_accumulation_steps")
+
+    def learning_rates(self, steps: Iterable[int], total: int) -> list[float]:
+        """The learning rate at some steps of a run of `total` steps, as far as the schedule alone decides it."""
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=self.learning_rate)
+        warmup, kwargs = self.get_warmup_steps(total), self.lr_scheduler_kwargs
+        schedule = get_scheduler(self.lr_scheduler_type, optimizer, warmup, total, kwargs)
+        if not isinstance(schedule, LambdaLR):
+            return [self.learning_rate for _ in steps]  # follows what is measured
+        return [self.learning_rate * schedule.lr_lambdas[0](step) for step in steps]
+
+    def _check_schedule(self) -> None:
+        total = self.max_steps if self.max_steps > 0 else 1000
+        try:
+            sound = all(rate >= 0 for rate in self.learning_rates((0, total // 2, total - 1), total))
+            reason = "a learning rate below 0"
+        except Exception as error:  # whatever a schedule makes of its arguments
+            sound, reason = False, error
+        if not sound:
+            raise ValueError(
+                f"lr_scheduler_kwargs: {self.lr_scheduler_kwargs} does not go with lr_scheduler_type "
+                f"'{self.lr_scheduler_type.value}': {reason}"
+            )
+
+    def check_packages(self) -> None:
+        """
+        Whether this machine has what the arguments name; and whether `optim_args` are some of the optimizer's.
+
+        Raises:
+            ValueError: it has not, or they are not.
+        """
+        from transformers import Trainer
+
+        if self.use_liger_kernel and not is_liger_kernel_available():
+            raise ValueError("use_liger_kernel: liger-kernel is not installed: pip install liger-kernel")
+        for name in self.report_to:
+            try:
+                INTEGRATION_TO_CALLBACK[name]()
+            except Exception as error:  # each has its own
+                raise ValueError(f"report_to: '{name}' is not installed, or not whole: {error}") from error
+        try:
+            optimizer, options = Trainer.get_optimizer_cls_and_kwargs(self)
+            optimizer([torch.nn.Parameter(torch.zeros(2, 2))], **options)
+        except Exception as error:  # whatever an optimizer makes of its arguments
+            if isinstance(error, ImportError) or self.optim_target_modules is None:  # what these are, a model tells
+                given = f" with optim_args '{self.optim_args}'" if self.optim_args else ""
+                raise ValueError(f"optim: '{self.optim.value}'{given}: {error}") from error

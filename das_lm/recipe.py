@@ -188,12 +188,13 @@ class Recipe:
                 )
         return check_peft(peft)
 
-    def training_arguments(self, domain: Domain | None, output_dir: str) -> DASConfig:
+    def training_arguments(self, domain: Domain | None, output_dir: str, check_device: bool = True) -> DASConfig:
         """The training arguments of the recipe with those of a domain over them.
 
         Args:
             domain: `None` for what belongs to no single domain.
             output_dir: The directory that the trainer is given.
+            check_device: Refuse what this machine cannot follow; without, they are those of a CPU.
 
         Raises:
             UserError: Unknown or wrong training arguments, or some that this machine cannot follow.
@@ -201,14 +202,27 @@ class Recipe:
         from das_lm.config import DASConfig
 
         where = f"domain '{domain.name}': " if domain else ""
-        given = {**self.training, **(domain.training if domain else {})}
+        given = {**self.training, **(domain.training if domain else {}), **({} if check_device else {"use_cpu": True})}
         arguments, problems = check_training(given, ())
         if problems:
             raise UserError("\n".join(f"{where}training.{key_path(path)}: {message}" for path, message in problems))
         try:
-            return DASConfig(output_dir=output_dir, **arguments)
+            config = DASConfig(output_dir=output_dir, **arguments)
+            self._check_metric(config.metric_for_best_model)
+            if check_device:
+                config.check_packages()
+            return config
         except Exception as error:  # whatever transformers makes of values that do not go together
             raise UserError(f"{where}training arguments: {' '.join(str(error).split())}") from error
+
+    def _check_metric(self, metric: str | None) -> None:
+        domain, _, score = (metric or "").removeprefix("eval_").rpartition("_")
+        names = [one.name for one in [*self.domains, *self.measure]]
+        if metric is not None and not (domain in names and score in ("loss", "accuracy")):
+            raise ValueError(
+                f"metric_for_best_model: '{metric}' is not measured; write the loss or accuracy of a domain, such as "
+                f"{names[0]}_loss"
+            )
 
     def to_yaml(self) -> str:
         """The recipe as a file that [`load_recipe`] reads back to an equal one, without secrets like `hub_token`."""
@@ -252,6 +266,15 @@ def check_training(training: dict[str, Any], at: KeyPath) -> tuple[dict[str, Any
     """Convert training arguments to the types of [`DASConfig`]'s fields; (path, message) of those that do not fit."""
     problems = [((*at, key), ELSEWHERE[key]) for key in training if key in ELSEWHERE]
     converted, wrong = _converted({k: v for k, v in training.items() if k not in ELSEWHERE}, _training_hints(), at)
+    measures = converted.get("eval_strategy", "no") != "no"
+    without_effect = {
+        "do_train": (False, "training is what this does; to measure only, use das-lm evaluate"),
+        "do_eval": (not measures, "eval_strategy decides whether to measure while training; write it alone"),
+        "do_predict": (True, "predicts nothing here; leave it out"),
+    }
+    for key, (value, message) in without_effect.items():
+        if converted.get(key) is value:
+            wrong.append(((*at, key), f"{describe_value(value)} has no effect: {message}"))
     return converted, problems + wrong
 
 
@@ -394,10 +417,8 @@ def load_recipe(
         raise UserError("\n".join(_tell(at, message, places) for at, message in problems))
 
     for index, domain in enumerate(recipe.domains):
-        if not check_device:
-            domain = dataclasses.replace(domain, training={**domain.training, "use_cpu": True})
         try:
-            recipe.training_arguments(domain, recipe.output_dir)
+            recipe.training_arguments(domain, recipe.output_dir, check_device)
         except UserError as error:
             keys = re.findall(r"\w+", str(error))
             own = [("domains", index, "training", key) for key in keys if key in domain.training]

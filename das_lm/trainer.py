@@ -761,7 +761,7 @@ def _take_from_stream(args: DASConfig, stream: TrainingStream) -> None:
     stream.length = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     # It is read where the checkpoints are written, which hold its place; tokenizers use threads of their own.
     args.dataloader_num_workers, args.dataloader_prefetch_factor = 0, None
-    args.dataloader_persistent_workers = False
+    args.dataloader_persistent_workers, args.dataloader_multiprocessing_context = False, None
 
 
 def data_seed(args: DASConfig) -> int:

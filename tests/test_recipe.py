@@ -73,7 +73,7 @@ def test_training_arguments():
         ("max_steps", "20.0", 20),
         ("bf16_full_eval", "'no'", False),
         ("lr_scheduler_type", "cosine", "cosine"),
-        ("lr_scheduler_kwargs", "{num_cycles: 2}", {"num_cycles": 2}),
+        ("lr_scheduler_kwargs", "{num_cycles: 2}\n  lr_scheduler_type: cosine", {"num_cycles": 2}),
         ("soft_mask_units", "[head, output]", ["head", "output"]),
         ("importance_batch_size", "null", None),
     ],

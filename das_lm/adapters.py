@@ -18,7 +18,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
 from safetensors.torch import load_file
 
-from das_lm.errors import UserError
+from das_lm.errors import UserError, as_user_error
 from das_lm.files import write_tensors
 from das_lm.units.soft_mask import check_fresh
 
@@ -144,8 +144,9 @@ def base_of(path: str) -> str | None:
     """
     if not Path(path, CONFIG_NAME).is_file():
         return None
-    base = PeftConfig.from_pretrained(path).base_model_name_or_path
-    if base is None:
+    with as_user_error(f"the adapter in {path} cannot be read"), _quiet():
+        base = PeftConfig.from_pretrained(path).base_model_name_or_path
+    if not isinstance(base, str):
         raise UserError(f"{Path(path, CONFIG_NAME)}: base_model_name_or_path is missing, the model that it adapts")
     return base
 
@@ -162,15 +163,9 @@ def load_adapter(model: PreTrainedModel, path: str, merge: bool) -> PreTrainedMo
     Raises:
         UserError: it is of another model, or broken.
     """
-    from safetensors import SafetensorError
-
-    try:
-        with _quiet():
-            adapted = PeftModel.from_pretrained(model, path)
+    with as_user_error(f"the adapter in {path} does not fit its model, or is broken"), _quiet():
+        adapted = PeftModel.from_pretrained(model, path)
         saved = load_file(Path(path, SAFETENSORS_WEIGHTS_NAME))
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"the adapter in {path} does not fit its model, or is broken: {reason}") from error
     check_adapter_kind(adapted)
     different = saved.keys() ^ get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
     if different:

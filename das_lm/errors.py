@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class UserError(Exception):
@@ -15,6 +16,26 @@ class UserError(Exception):
 
 class NotFinite(UserError):
     """Training came to NaN or infinity: in the loss, a gradient, weights, or importance."""
+
+
+@contextmanager
+def as_user_error(what: str) -> Iterator[None]:
+    """Whatever a library raises in here, which reads what users have, becomes one `UserError`: `what`, and why."""
+    try:
+        yield
+    except BaseException as error:
+        is_panic = type(error).__name__ == "PanicException"  # of tokenizers and safetensors, no Exception
+        if isinstance(error, UserError) or not (isinstance(error, Exception) or is_panic):
+            raise
+        raise UserError(f"{what}: {one_line(error)}") from error
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says, in one line that is not too long; its type where that would say little."""
+    line = " ".join(str(error).split())
+    if not line or isinstance(error, LookupError | TypeError | AttributeError | AssertionError):
+        line = f"{type(error).__name__}: {line}".removesuffix(": ")
+    return line if len(line) <= 300 else f"{line[:300]} …"
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

@@ -4,21 +4,34 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
+from collections.abc import Iterator
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from das_lm import adapters
 from das_lm.data.embedded import MODELS
-from das_lm.errors import UserError
+from das_lm.data.packing import highest_id, special_tokens
+from das_lm.errors import UserError, as_user_error
 from das_lm.units import ARCHITECTURES, Architecture
 
 if TYPE_CHECKING:
     from das_lm.recipe import Recipe
+
+#: What a config counts, and what is made one by one for it -> more than any model has.
+TOO_MANY = {r"(num|n)_(.+_)?(layers?|blocks)": 1_000, r"num_labels": 1_000_000}
 
 
 def model_path(recipe: Recipe) -> str:
@@ -33,7 +46,35 @@ def _path(name: str) -> str:
 def _config(path: str, recipe: Recipe) -> Any:
     """The config of a model, or of the model that an adapter belongs to."""
     base = adapters.base_of(path)
-    return AutoConfig.from_pretrained(_path(base) if base else path, trust_remote_code=recipe.trust_remote_code)
+    return read_config(_path(base) if base else path, recipe.trust_remote_code)
+
+
+def read_config(path: str, trust_remote_code: bool = False) -> Any:
+    """
+    The config of a model.
+
+    Raises:
+        UserError: it cannot be read, or asks for more than any model has.
+    """
+    with as_user_error(_cannot_load(path)):
+        written, _ = PreTrainedConfig.get_config_dict(path)
+        for key, value in _numbers(written):
+            most = next((most for name, most in TOO_MANY.items() if re.fullmatch(name, key)), value)
+            if value > most or (value < 0 and re.match("num_|n_", key)):
+                raise ValueError(f"its config has {key}: {value:.5g}")
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        if not all(isinstance(name, str) for name in config.architectures or ()):
+            raise ValueError("its config has architectures that are no names")
+    return config
+
+
+def _numbers(config: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """(Key, value) of all numbers, those of configs within included."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _numbers(value)
+        elif isinstance(value, int | float):
+            yield str(key), value
 
 
 def check_model(recipe: Recipe) -> None:
@@ -44,11 +85,7 @@ def check_model(recipe: Recipe) -> None:
         UserError: no such model, an architecture that is not supported, a wrong entry for it, or weights that cannot
             be trained as the recipe says.
     """
-    path = model_path(recipe)
-    try:
-        config = _config(path, recipe)
-    except (OSError, ValueError) as error:
-        raise UserError(_cannot_load(recipe, error)) from error
+    config = _config(model_path(recipe), recipe)
     if recipe.units is None and config.model_type not in ARCHITECTURES:
         raise UserError(
             f"model_name_or_path: models of type '{config.model_type}' are not supported; supported are "
@@ -139,16 +176,24 @@ def _load_whole(path: str, recipe: Recipe) -> Any:
         )  # as QLoRA (Dettmers et al., arXiv 2305.14314)
     verbosity = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()  # its load report; what is missing is said below
+    kind = AutoModelForCausalLM if is_causal(recipe, path) else AutoModelForMaskedLM
     try:
-        model, info = (AutoModelForCausalLM if is_causal(recipe, path) else AutoModelForMaskedLM).from_pretrained(
-            path,
-            dtype=torch.float32,  # a masked update below one ulp of a half-precision parameter would be lost
-            trust_remote_code=recipe.trust_remote_code,
-            output_loading_info=True,
-            **options,
-        )
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        raise UserError(_cannot_load(recipe, error)) from error
+        with as_user_error(_cannot_load(path)):
+            model, info = kind.from_pretrained(
+                path,
+                dtype=torch.float32,  # a masked update below one ulp of a half-precision parameter would be lost
+                trust_remote_code=recipe.trust_remote_code,
+                output_loading_info=True,
+                **options,
+            )
+    except UserError as error:
+        if isinstance(error.__cause__, UnpicklingError):  # whose own advice is to run the code
+            reason = "its .bin file is broken, or reading it would run code; save the model as safetensors"
+        elif "ignore_mismatched_sizes" in str(error):  # and a report, which is not shown
+            reason = "its weights have other shapes than its config says"
+        else:
+            raise
+        raise UserError(f"{_cannot_load(path)}: {reason}") from error
     finally:
         transformers.utils.logging.set_verbosity(verbosity)
     missing = sorted(info["missing_keys"])
@@ -157,6 +202,9 @@ def _load_whole(path: str, recipe: Recipe) -> Any:
             f"model_name_or_path: the checkpoint {path} lacks weights of the language model, which would be "
             f"random: {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''}; use one that has its LM head"
         )
+    if recipe.attn_implementation is None and model.device.type != "meta":  # others may need a GPU
+        with as_user_error(f"model_name_or_path: '{path}' can be loaded, but not run"), torch.no_grad():
+            model(input_ids=torch.tensor([[0, 1]], device=model.device))["logits"]
     return model
 
 
@@ -165,26 +213,23 @@ def load_tokenizer(path: str, recipe: Recipe) -> Any:
     Load the tokenizer of a model.
 
     Raises:
-        UserError: there is none, or it has more tokens than the model.
+        UserError: there is none, it is broken, or it is of another model.
     """
-    try:
+    with as_user_error(f"model_name_or_path: no tokenizer can be loaded from '{path}'"):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=recipe.trust_remote_code)
-        vocabulary = _config(path, recipe).vocab_size
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise UserError(f"model_name_or_path: no tokenizer can be loaded from '{path}': {one_line(error)}") from error
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of a directory without one
-        raise UserError(f"model_name_or_path: no tokenizer is saved beside the model in '{path}'")
-    if len(tokenizer) > vocabulary:
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes where there is none
+            raise ValueError("no tokenizer is saved beside the model")
+        if not isinstance(tokenizer.model_max_length, int | float):
+            raise ValueError("its model_max_length is no number")
+        special_tokens(tokenizer)
+        highest, vocabulary = highest_id(tokenizer), _config(path, recipe).vocab_size
+    if highest >= vocabulary:
         raise UserError(
-            f"model_name_or_path: the tokenizer of '{path}' has {len(tokenizer)} tokens, the model {vocabulary}"
+            f"model_name_or_path: the tokenizer of '{path}' gives ids up to {highest}, and the model knows "
+            f"{vocabulary} tokens; give its own"
         )
     return tokenizer
 
 
-def _cannot_load(recipe: Recipe, error: Exception) -> str:
-    return f"model_name_or_path: '{recipe.model_name_or_path}' cannot be loaded: {one_line(error)}"
-
-
-def one_line(error: Exception) -> str:
-    line = " ".join(str(error).split())
-    return line if len(line) <= 300 else f"{line[:300]} …"
+def _cannot_load(path: str) -> str:
+    return f"model_name_or_path: '{path}' cannot be loaded"

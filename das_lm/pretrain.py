@@ -37,7 +37,7 @@ from das_lm.data.leakage import find_leakage
 from das_lm.data.new_words import add_words, find_new_words
 from das_lm.data.packing import pack, windows
 from das_lm.data.streaming import TrainingStream
-from das_lm.errors import UserError
+from das_lm.errors import UserError, one_line
 from das_lm.evaluation.cache import DIRECTORY as CACHE_NAME
 from das_lm.evaluation.cache import Cache, fingerprint, model_fingerprint
 from das_lm.evaluation.forgetting import FILE_NAME as RESULTS_NAME
@@ -49,7 +49,7 @@ from das_lm.files import (
     seal,
 )
 from das_lm.interruption import ProcessLost, Signals, check_signals, is_about_processes, is_about_workers
-from das_lm.loading import check_model, is_causal, load_model, load_tokenizer, model_path, one_line
+from das_lm.loading import check_model, is_causal, load_model, load_tokenizer, model_path
 from das_lm.methods import METHODS, unread_options, without_effect
 from das_lm.model_card import HubRepository, write_card
 from das_lm.run_directory import (

@@ -351,7 +351,7 @@ BAD_MODELS = {
     "LM head missing": (_no_head, "random", "lm_head"),
     "truncated weights": (_broken_weights, "model_name_or_path", "cannot be loaded"),
     "no tokenizer": (_no_tokenizer, "no tokenizer is saved", "bare"),
-    "tokenizer of another model": (_large_tokenizer, "64 tokens", "40"),
+    "tokenizer of another model": (_large_tokenizer, "ids up to 63", "40"),
     "tokenizer without mask": (_no_mask, "no mask token", ""),
     "importance of another model": (_other_importance, "layers.0.head", "2 units"),
     "length beyond the model's": (lambda *_: ["--max_length", "64"], "max_length: 64", "38"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 MIN_TOKENS_OF_LAST_BLOCK = 8
 
 BLOCKS_PER_CHUNK = 65_536
-
-NO_TOKEN = "the tokenizer makes no token of the training text; is it the tokenizer of this model?"
 
 
 def pack(
@@ -42,7 +40,8 @@ def pack(
         A data set with the column `input_ids` (int32).
 
     Raises:
-        UserError: The tokenizer makes no token of the text, or `max_length` leaves no room beside the special tokens.
+        UserError: There is no text, the tokenizer makes no token of it, or `max_length` leaves no room beside the
+            special tokens.
     """
     import datasets
 
@@ -68,7 +67,7 @@ def pack(
             part = text[start : start + BLOCKS_PER_CHUNK]
             chunks.append(_data_set(with_special_tokens(part, prefix, suffix)))
     if not chunks:
-        raise UserError(NO_TOKEN)
+        raise nothing_in(documents)
     return datasets.concatenate_datasets(chunks)
 
 
@@ -110,12 +109,13 @@ def windows(documents: Dataset, tokenizer: PreTrainedTokenizerFast, max_length: 
         document they sum to the document's). A document of which the tokenizer makes no token has no window.
 
     Raises:
-        UserError: `max_length` leaves no room beside the special tokens, or the tokenizer knows no offsets.
+        UserError: There is no text, the tokenizer makes no token of it or knows no offsets, or `max_length` leaves no
+            room beside the special tokens.
     """
     if not tokenizer.is_fast:
         raise UserError(f"{type(tokenizer).__name__} cannot say which text a token covers; use a fast tokenizer")
     prefix, suffix = special_tokens(tokenizer)
-    return documents.map(
+    found = documents.map(
         _windows,
         batched=True,
         with_indices=True,
@@ -129,6 +129,16 @@ def windows(documents: Dataset, tokenizer: PreTrainedTokenizerFast, max_length: 
         },
         desc="Tokenizing held-out text",
     )
+    if not len(found):
+        raise nothing_in(documents)
+    return found
+
+
+def nothing_in(documents: Iterable[Mapping[str, Any]], where: str = "") -> UserError:
+    """What to say of documents that give no token."""
+    if any((document["text"] or "").strip() for document in documents):
+        return UserError(f"{where}the tokenizer makes no token of the text; is it the tokenizer of this model?")
+    return UserError(f"{where}the text is empty: no document holds more than white space")
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
@@ -144,6 +154,11 @@ def special_tokens(tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[
 def separator_of(tokenizer: PreTrainedTokenizerFast) -> int | None:
     """The token between the documents of a block: `sep_token`, else `eos_token`, else none."""
     return tokenizer.eos_token_id if tokenizer.sep_token_id is None else tokenizer.sep_token_id
+
+
+def highest_id(tokenizer: PreTrainedTokenizerFast) -> int:
+    """The highest id that a text can get."""
+    return max(*tokenizer.get_vocab().values(), *tokenizer("a")["input_ids"])
 
 
 def start_token(tokenizer: PreTrainedTokenizerFast) -> int:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from das_lm.data.blocks import MLMMasking, NextTokens, TrainingBlocks, permutation
-from das_lm.data.packing import NO_TOKEN, cut, separator_of, special_tokens, text_room, tokenize, with_special_tokens
+from das_lm.data.packing import cut, nothing_in, separator_of, special_tokens, text_room, tokenize, with_special_tokens
 from das_lm.data.readers import missing_column, text_of, to_row
 from das_lm.errors import UserError
 
@@ -254,7 +254,7 @@ class TrainingStream(TrainingBlocks):
                 count += len(window)
                 del window
             if not count:
-                raise UserError(f"{self.documents.where}: {NO_TOKEN}")
+                raise nothing_in(self.documents, f"{self.documents.where}: ")
             place = Place(place.epoch + 1, length=count)
 
     def _blocks(self, place: Place) -> Iterator[tuple[np.ndarray, Any, int, str]]:

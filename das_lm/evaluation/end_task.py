@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from das_lm.data.blocks import permutation
 from das_lm.data.packing import longest_input
-from das_lm.errors import UserError
+from das_lm.errors import UserError, as_user_error
 from das_lm.evaluation.rows import read_rows
 from das_lm.plain_words import describe_value
 
@@ -383,10 +383,8 @@ def _training_arguments(config: EndTaskConfig, seed: int, processes: int, direct
 def _load_tokenizer(checkpoint: str | Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    try:
+    with as_user_error(f"no tokenizer can be loaded from '{checkpoint}'"):
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise UserError(f"no tokenizer can be loaded from '{checkpoint}': {_one_line(error)}") from error
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of a directory without one
         raise UserError(f"no tokenizer is saved beside the model in '{checkpoint}'")
     if tokenizer.pad_token is None:  # of causal models
@@ -399,15 +397,12 @@ def _load_tokenizer(checkpoint: str | Path) -> PreTrainedTokenizerBase:
 def _load_classifier(checkpoint: str | Path, task: Task, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """The model with a new head for classes, drawn from torch's generator; a causal model's reads the last token."""
     import torch
-    from safetensors import SafetensorError
     from transformers import AutoModelForSequenceClassification
 
-    try:
+    with as_user_error(f"'{checkpoint}' cannot be loaded as a classifier"):
         model, info = AutoModelForSequenceClassification.from_pretrained(
             checkpoint, num_labels=len(task.classes), dtype=torch.float32, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        raise UserError(f"'{checkpoint}' cannot be loaded as a classifier: {_one_line(error)}") from error
     # BERT's pooler is a part of the head: a masked language model has none.
     missing = [
         name
@@ -436,7 +431,3 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from das_lm.errors import UserError
+from das_lm.errors import UserError, as_user_error
 from das_lm.files import write_tensors
 from das_lm.units.sharding import is_sharded, local, named_parameters, own_slice, whole
 
@@ -207,17 +206,13 @@ class Method:
         if path.is_file():
             # Several processes on CPUs have a "cpu:0", which safetensors does not know.
             on_cpu = self.trainer.is_sharded or self.args.device.type == "cpu"
-            try:
+            with as_user_error(f"{path} cannot be read"):
                 state = load_file(path, device="cpu" if on_cpu else str(self.args.device))
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{path} cannot be read: {error}") from error
             broken = [name for name, one in state.items() if one.is_floating_point() and not one.isfinite().all()]
             if broken:
                 raise UserError(f"{path}: '{broken[0]}' holds what is no finite number; start from another checkpoint")
-            try:
+            with as_user_error(f"{path} is not as das-lm writes it, or of another model"):
                 self.load_state_dict(state)
-            except (KeyError, ValueError, TypeError, RuntimeError) as error:
-                raise UserError(f"{path} is not as das-lm writes it, or of another model ({error})") from error
 
     def logs(self) -> dict[str, float]:
         """Figures to log beside the loss."""

@@ -63,7 +63,8 @@ class GEM(Method):
         self.memories = []
         while any(name.startswith(prefix := f"{len(self.memories)}.") for name in state):
             memory = Reservoir(self.args.memory_size, self.args.seed)
-            memory.load_state_dict({n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)})
+            own = {n.removeprefix(prefix): tensor for n, tensor in state.items() if n.startswith(prefix)}
+            memory.load_state_dict(own, self.trainer)
             self.memories.append(memory)
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from das_lm.data.blocks import addressed_seed
+from das_lm.data.packing import longest_input
+
+if TYPE_CHECKING:
+    from das_lm.trainer import ContinualTrainer
 
 #: Rows that are drawn for at once.
 AT_ONCE = 1 << 20
@@ -61,8 +65,16 @@ class Reservoir(Dataset):
             )
         return state
 
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Take back what [`state_dict`] gave."""
+    def load_state_dict(self, state: dict[str, torch.Tensor], trainer: ContinualTrainer | None = None) -> None:
+        """
+        Take back what [`state_dict`] gave.
+
+        Args:
+            trainer: whose model is to read the rows.
+
+        Raises:
+            ValueError: they are no such rows; or another error, where the state is broken.
+        """
         self.seen = int(state["memory.seen"])
         columns = {}
         for key, values in state.items():
@@ -72,6 +84,30 @@ class Reservoir(Dataset):
                 parts = values.cpu().split([int(np.prod(shape)) for shape in shapes])
                 columns[name] = [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
         self.rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        if not 0 < len(self) <= self.seen:
+            raise ValueError(f"a memory of {len(self)} rows of {self.seen}")
+        if trainer is not None and trainer.units is not None:
+            vocabulary = len(trainer.units.model.get_input_embeddings().weight)
+            longest = longest_input(trainer.units.model, trainer.processing_class)
+            for row in self.rows:
+                _check_tokens(row, vocabulary, longest)
+        elif trainer is not None and trainer.train_dataset is not None:
+            own = next(iter(trainer.train_dataset.domains.values()))[0]
+            kinds = [{name: torch.as_tensor(value).ndim for name, value in row.items()} for row in (own, self.rows[0])]
+            if kinds[0] != kinds[1]:
+                raise ValueError(f"rows with {', '.join(columns)}, not as the domain's, with {', '.join(own)}")
+
+
+def _check_tokens(row: dict[str, torch.Tensor], vocabulary: int, longest: float) -> None:
+    """Raises `ValueError` for a row that is no block of token ids, or too much for the model."""
+    ids = row.get("input_ids")
+    if row.keys() != {"input_ids"} or ids.ndim != 1 or ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError("rows that are no blocks of token ids")
+    if not 0 < len(ids) <= longest or not 0 <= ids.min() <= ids.max() < vocabulary:
+        raise ValueError(
+            f"a block of {len(ids)} tokens with ids up to {ids.max() if len(ids) else None}; the model reads up to "
+            f"{longest:,.0f} tokens of {vocabulary}"
+        )
 
 
 def _copied(row: dict[str, Any]) -> dict[str, torch.Tensor]:

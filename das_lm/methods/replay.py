@@ -51,4 +51,4 @@ class Replay(Method):
         return self.memory.state_dict() if len(self.memory) else {}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        self.memory.load_state_dict(state)
+        self.memory.load_state_dict(state, self.trainer)

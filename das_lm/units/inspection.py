@@ -17,7 +17,7 @@ from rich.markup import escape
 from torch import nn
 
 from das_lm.data.embedded import MODELS
-from das_lm.errors import UserError, did_you_mean
+from das_lm.errors import UserError, as_user_error, did_you_mean, one_line
 from das_lm.units.contract import PROPERTIES, check_contract, randomize
 from das_lm.units.discovery import ARCHITECTURES, Architecture, Group, Slice, Units
 from das_lm.units.proposal import as_yaml, find_layers, propose
@@ -173,7 +173,7 @@ def load_entry(path: str) -> Architecture:
     try:
         data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"--entry {path}: cannot be read: {_one_line(error)}") from None
+        raise UserError(f"--entry {path}: cannot be read: {one_line(error)}") from None
     data = data.get("units", data) if isinstance(data, dict) else data
     if not isinstance(data, dict):
         raise UserError(f"--entry {path}: expected a mapping with layers, attention_in, …, or one under 'units'")
@@ -191,15 +191,17 @@ def load_config(name: str, trust_remote_code: bool = False) -> PreTrainedConfig:
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
+    from das_lm.loading import read_config
+
     name = str(MODELS.get(name, name))
     if name in CONFIG_MAPPING_NAMES and not Path(name).exists():
         return AutoConfig.for_model(name)
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+        return read_config(name, trust_remote_code)
+    except UserError as error:
         raise UserError(
             f"'{name}' is no model type, no directory with a config.json, and no model of the hub that can be had "
-            f"({_one_line(error)}).{did_you_mean(name, CONFIG_MAPPING_NAMES)}"
+            f"({one_line(error.__cause__ or error)}).{did_you_mean(name, CONFIG_MAPPING_NAMES)}"
         ) from None
 
 
@@ -226,10 +228,8 @@ def build_model(config: PreTrainedConfig, trust_remote_code: bool = False) -> Pr
     fitting += [auto for auto, mapping in names.items() if config.model_type in mapping or auto.__name__ in code]
     if not fitting:
         raise UserError(f"model type '{config.model_type}' has no masked and no causal language model")
-    try:
+    with as_user_error(f"no model of type '{config.model_type}' can be built"):
         return fitting[0].from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
-    except (ValueError, ImportError, KeyError, AttributeError, RuntimeError) as error:
-        raise UserError(f"no model of type '{config.model_type}' can be built: {_one_line(error)}") from error
 
 
 def reduced(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
@@ -289,10 +289,6 @@ def _describe(piece: Slice, group: Group) -> str:
         f"{kind} 0: {_runs(where)}" if owners == (0,) else f"{kind}s {_runs(list(owners))} share {_runs(where)}"
         for owners, where in entries.items()
     )
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
 
 
 @contextmanager

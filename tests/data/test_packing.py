@@ -142,7 +142,7 @@ def test_long_documents_raise_no_warning(tokenizer, caplog):
 
 
 def test_no_token_and_no_room_are_errors(tokenizer):
-    with pytest.raises(UserError, match="makes no token of the training text"):
+    with pytest.raises(UserError, match="makes no token of the text"):
         pack(Dataset.from_dict({"text": [""]}), tokenizer, 16)
     with pytest.raises(UserError, match="max_length 2 leaves no room"):
         windows(Dataset.from_dict({"text": ["w1"]}), make_tokenizer("bert"), 2)

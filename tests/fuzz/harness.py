@@ -129,7 +129,7 @@ class World:
             contextlib.chdir(self.root),
             mock.patch.dict(os.environ),
             nothing_trains(),
-            _seconds(60),
+            seconds(60),
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(err),
         ):
@@ -159,7 +159,7 @@ class World:
 
 
 @contextlib.contextmanager
-def _seconds(limit: int) -> Iterator[None]:
+def seconds(limit: int) -> Iterator[None]:
     """Fail after so many seconds of work (not of waiting for a core): what never ends is a bug too."""
 
     def stop(*_):

@@ -158,7 +158,7 @@ def separator_of(tokenizer: PreTrainedTokenizerFast) -> int | None:
 
 def highest_id(tokenizer: PreTrainedTokenizerFast) -> int:
     """The highest id that a text can get."""
-    return max(*tokenizer.get_vocab().values(), *tokenizer("a")["input_ids"])
+    return max([*tokenizer.get_vocab().values(), *tokenizer("a")["input_ids"]])
 
 
 def start_token(tokenizer: PreTrainedTokenizerFast) -> int:

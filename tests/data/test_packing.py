@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from das_lm.data import packing
@@ -141,8 +141,18 @@ def test_long_documents_raise_no_warning(tokenizer, caplog):
     assert "longer than" not in caplog.text
 
 
+def make_silent_tokenizer():
+    """It knows no word, and has no token for those."""
+    silent = Tokenizer(models.WordPiece({"<s>": 0}, unk_token="<s>"))
+    silent.normalizer = normalizers.Replace(Regex("."), "")
+    return PreTrainedTokenizerFast(tokenizer_object=silent)
+
+
 def test_no_token_and_no_room_are_errors(tokenizer):
-    with pytest.raises(UserError, match="makes no token of the text"):
-        pack(Dataset.from_dict({"text": [""]}), tokenizer, 16)
+    for make in (pack, windows):
+        with pytest.raises(UserError, match="the text is empty"):
+            make(Dataset.from_dict({"text": ["", " \n"]}), tokenizer, 16)
+        with pytest.raises(UserError, match="makes no token of the text"):
+            make(Dataset.from_dict({"text": ["", "x"]}), make_silent_tokenizer(), 16)
     with pytest.raises(UserError, match="max_length 2 leaves no room"):
         windows(Dataset.from_dict({"text": ["w1"]}), make_tokenizer("bert"), 2)

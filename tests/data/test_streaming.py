@@ -122,7 +122,7 @@ def test_a_document_longer_than_a_read_and_documents_without_a_token():
     stream = stream_of(documents, buffer=4)
     assert stream.available(10**9) == len(pack(documents, TOKENIZER, 12))
     empty = stream_of(datasets.Dataset.from_dict({"text": [" ", ""]}))
-    with pytest.raises(UserError, match="the stream: the tokenizer makes no token of the text"):
+    with pytest.raises(UserError, match="the stream: the text is empty"):
         empty[0]
 
 

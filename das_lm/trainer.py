@@ -10,6 +10,7 @@ import pickle
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ class ContinualTrainer(ShardedTraining):
     Args:
         model: a language model, loaded with its LM head, in fp32; or another module.
         args: the arguments; a [`DASConfig`].
-        method: names in `das_lm.methods.METHODS`, or [`Method`] objects; one or a list.
+        method: names in `das_lm.methods.METHODS`, or [`Method`] objects; one or a list, in any order.
         train_dataset: documents (a data set with a column `text`, or an `IterableDataset` with one, which is read
             while training, see [`TrainingStream`]), packed blocks (a column `input_ids`), or a [`TrainingBlocks`]; for
             another module, a map-style data set of dictionaries, or a [`TrainingRows`].
@@ -166,7 +167,11 @@ class ContinualTrainer(ShardedTraining):
         self._step_parts: list[tuple[str, torch.Tensor]] = []  # of the batches of the present step
         self._until_backward = ExitStack()
         self._signals = Signals()
-        self.methods = [_make_method(one) for one in ([method] if isinstance(method, str | Method) else method)]
+        methods = [_make_method(one) for one in ([method] if isinstance(method, str | Method) else method)]
+        self.methods = sorted(methods, key=lambda one: (one.order, type(one).__name__))
+        for one, following in pairwise(self.methods):
+            if type(one) is type(following):
+                raise UserError(f"method: '{type(one).__name__.lower()}' stands there twice; leave one out")
         if self.is_sharded:
             self._check_sharding()
         for one in self.methods:
@@ -181,7 +186,7 @@ class ContinualTrainer(ShardedTraining):
                     "slice of them: use DDP, or another method, such as das, ewc or replay"
                 )
             one.attach(self)
-        self.add_callback(_Moments(self))
+        self.callback_handler.callbacks.insert(0, _Moments(self))  # callbacks, too, see the masked step
 
     def _adapted(self, args: DASConfig, model: nn.Module, tokenizer: Any, config: PeftConfig | None) -> nn.Module:
         """The model with its adapter, if it has one or gets one."""
@@ -273,8 +278,7 @@ class ContinualTrainer(ShardedTraining):
             raise NotFinite(self._not_finite(", ".join(broken), "loss", next(iter(broken.values()))))
         # Scaled by less than 1, a gradient is not infinite because of fp16.
         if not math.isfinite(norm) and (self.accelerator.scaler is None or self.gradient_scale < 1):
-            logs = {name: value for method in self.methods for name, value in method.logs().items()}
-            added = ", ".join(name for name, value in logs.items() if not math.isfinite(value))
+            added = ", ".join(name for name, value in self._figures().items() if not math.isfinite(value))
             raise NotFinite(self._not_finite(added or "the loss is finite", "gradient", norm))
 
     def _not_finite(self, part: str, what: str, value: float) -> str:
@@ -406,10 +410,17 @@ class ContinualTrainer(ShardedTraining):
             for name, total in self._loss_parts.items():
                 logs[name] = self.accelerator.reduce(total, "mean").item() / steps
                 total.zero_()
-            for method in self.methods:
-                logs.update(method.logs())
+            logs.update(self._figures())
             self._loss_parts_since = self.state.global_step
         super().log(logs, start_time)
+
+    def _figures(self) -> dict[str, float]:
+        """What the methods log, summed up where several have a figure of one name (`penalty`)."""
+        figures: dict[str, float] = defaultdict(float)
+        for method in self.methods:
+            for name, value in method.logs().items():
+                figures[name] += value
+        return figures
 
     # ---- training ------------------------------------------------------------------------------------------------
 
@@ -742,6 +753,8 @@ class _Moments(TrainerCallback):
             method.before_step()
 
     def on_optimizer_step(self, args, state, control, **kwargs):
+        for method in self.trainer.methods:
+            method.mask_step()
         for method in self.trainer.methods:
             method.after_step()
 

@@ -68,7 +68,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
 #: With an adapter: not the attention's output, whose columns are the heads' and cannot be masked one by one.
 ADAPTED = r".*layer\.\d+\.(attention\.self\.(query|key|value)|intermediate\.dense|output\.dense)"
 END = ("finish_weights", "end_domain")
-STEP = ("read_gradient", "change_gradient", "before_step", "after_step")
+STEP = ("read_gradient", "change_gradient", "before_step", "mask_step", "after_step")
 
 
 class Live(TorchDispatchMode):

@@ -20,7 +20,8 @@ class AGEM(Replay):
     """
     Averaged gradient episodic memory: where the gradient g and that of a batch of the memory, g_mem, disagree,
     ⟨g, g_mem⟩ < 0, the step follows g − (⟨g, g_mem⟩ / ⟨g_mem, g_mem⟩) g_mem (equation 11), over all trainable
-    parameters together. The promise holds for the gradient: an optimizer that rescales it (Adam) can break it.
+    parameters together, penalties included. The promise holds for the gradient: what rescales the step (Adam, a mask)
+    can break it.
 
     Memory: `memory_size` rows, a uniform sample of all domains so far, and one copy of the gradients; a forward and a
     backward pass more per step.
@@ -29,6 +30,7 @@ class AGEM(Replay):
     works_sharded = False
     mixes = False
     options = ("memory_size",)
+    order = 1
 
     @torch.no_grad()
     def change_gradient(self) -> None:

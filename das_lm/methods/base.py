@@ -31,17 +31,21 @@ class Method:
     - [`attach`], once per trainer, and [`begin_domain`];
     - for every batch [`add_rows`], then [`change_losses`] and [`loss`];
     - for every optimizer step [`read_gradient`], [`change_gradient`], (clipping), [`before_step`], (the optimizer),
-      [`after_step`];
+      [`mask_step`], [`after_step`];
     - [`finish_weights`], then [`end_domain`].
 
-    Of several methods, all have had one moment before any has the next. What a method keeps travels in checkpoints, by
-    [`state_dict`] and [`load_state_dict`]. One object may serve one domain after another, each with a trainer of its
-    own; made by name, a method finds its state beside the weights that the model was loaded from.
+    Of several methods, all have had one moment before any has the next, and they take turns by `order`, not as they
+    are listed. What a method keeps travels in checkpoints, by [`state_dict`] and [`load_state_dict`]. One object may
+    serve one domain after another, each with a trainer of its own; made by name, a method finds its state beside the
+    weights that the model was loaded from.
 
     Under FSDP2 every process has a slice of each parameter: [`values`] and [`gradients`] are plain tensors of it, and
     what is listed in `kept` is of the same slice; in files all is whole.
     """
 
+    #: Of several methods the lowest goes first, equal ones by name. What acts on the work of others comes after them:
+    #: a projection after what adds to the gradient, an average of the weights after all, an interpolation to it last.
+    order: int = 0
     #: Attributes that map the names of parameters to tensors of their shape, and make up the state.
     kept: tuple[str, ...] = ()
 
@@ -150,8 +154,12 @@ class Method:
     def before_step(self) -> None:
         """The gradients are final: clipped (and, in fp16, no longer scaled, if `max_grad_norm` is above 0)."""
 
+    def mask_step(self) -> None:
+        """The optimizer has stepped, or the gradient scaler has skipped the step: for scaling what the step did,
+        before anybody looks at the weights."""
+
     def after_step(self) -> None:
-        """The optimizer has stepped, or the gradient scaler has skipped the step."""
+        """The weights are those after the step. They may be read, not changed."""
 
     def finish_weights(self) -> None:
         """The domain has been learned: the last chance to change the weights, before any method consolidates them."""

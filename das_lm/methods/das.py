@@ -123,8 +123,8 @@ class DAS(Method):
     def before_step(self) -> None:
         self.mask.before_step()
 
-    def after_step(self) -> None:
-        self.mask.after_step()
+    def mask_step(self) -> None:
+        self.mask.mask_step()
 
     def end_domain(self) -> None:
         """Add the domain's own importance to what was known before (EMax)."""

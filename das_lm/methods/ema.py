@@ -18,6 +18,7 @@ class EMA(Method):
     needs_domain_ends = True
     protects_base = True
     options = ("ema_decay",)
+    order = 1
     kept = ("average",)
 
     def __init__(self):

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from scipy.optimize import nnls
 
-from das_lm.methods.agem import add_to_gradient, gradient, memory_gradient
+from das_lm.errors import UserError
+from das_lm.methods.agem import AGEM, add_to_gradient, gradient, memory_gradient
 from das_lm.methods.base import Method
 from das_lm.methods.memory import Reservoir
+
+if TYPE_CHECKING:
+    from das_lm.trainer import ContinualTrainer
 
 
 class GEM(Method):
     """
     Gradient episodic memory: where the gradient g disagrees with that of some earlier domain's memory, ⟨g, g_k⟩ < 0,
     the step follows the nearest gradient that disagrees with none (section 3; see [`multipliers`]). The promise holds
-    for the gradient: an optimizer that rescales it (Adam) can break it.
+    for the gradient: what rescales the step (Adam, a mask) can break it.
 
     `gem_margin` pushes the step towards improving earlier domains. The paper takes a memory's gradient over all its
     rows, at every step; here it is that of a batch of them.
@@ -29,9 +34,19 @@ class GEM(Method):
     holds_training_text = True
     works_sharded = False
     options = ("memory_size", "gem_margin")
+    order = 1
 
     def __init__(self):
         self.memories: list[Reservoir] = []
+
+    def attach(self, trainer: ContinualTrainer) -> None:
+        """Raises `UserError` beside A-GEM."""
+        if any(isinstance(other, AGEM) for other in trainer.methods):
+            raise UserError(
+                "method: 'agem' and 'gem' both project the gradient, and the second projection breaks the promise of "
+                "the first; take one"
+            )
+        super().attach(trainer)
 
     @torch.no_grad()
     def change_gradient(self) -> None:

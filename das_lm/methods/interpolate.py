@@ -18,9 +18,10 @@ GRID = [step / 10 for step in range(11)]  # of `interpolation_alpha="auto"`
 
 class Interpolate(Method):
     """
-    θ ← α θ_new + (1 − α) θ_old once a domain has been learned; α = 1 is `naive`, α = 0 the model before. `"auto"`
-    takes the α in {0, 0.1, …, 1} with the lowest mean loss over the trainer's development data: in a walk, one half of
-    the held-out text of the domains learned so far, and of those that `interpolation_domains` names.
+    θ ← α θ_new + (1 − α) θ_old once a domain has been learned, θ_new the average where `ema` makes one; α = 1 is
+    `naive`, α = 0 the model before. `"auto"` takes the α in {0, 0.1, …, 1} with the lowest mean loss over the
+    trainer's development data: in a walk, one half of the held-out text of the domains learned so far, and of those
+    that `interpolation_domains` names.
 
     A LoRA adapter begins at B = 0, so that α B A, with A as it was learned, is that of the merged weights.
 
@@ -30,6 +31,7 @@ class Interpolate(Method):
     needs_domain_ends = True
     protects_base = True
     options = ("interpolation_alpha", "interpolation_domains")
+    order = 2
     kept = ("old",)
 
     def __init__(self):

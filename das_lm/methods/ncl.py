@@ -17,6 +17,7 @@ from das_lm.objective import IGNORED
 if TYPE_CHECKING:
     from das_lm.trainer import ContinualTrainer
 
+CHANGE_A_STEP = ("change_gradient", "before_step", "mask_step")  # moments of a method
 COUNTED_ROWS = 100  # from which the predictions of a domain of text are estimated
 
 
@@ -61,8 +62,8 @@ class NCL(Method):
                 "weight_decay 0, max_grad_norm 0, and bf16 rather than fp16"
             )
         for other in trainer.methods:
-            moments = (type(other).change_gradient, type(other).before_step)
-            if not isinstance(other, NCL) and moments != (Method.change_gradient, Method.before_step):
+            changes = any(getattr(type(other), one) is not getattr(Method, one) for one in CHANGE_A_STEP)
+            if not isinstance(other, NCL) and changes:
                 raise UserError(
                     f"method: 'ncl' makes the step itself, and {type(other).__name__} changes it; take one"
                 )

@@ -56,8 +56,8 @@ class SPG(Method):
     def before_step(self) -> None:
         self.mask.before_step()
 
-    def after_step(self) -> None:
-        self.mask.after_step()
+    def mask_step(self) -> None:
+        self.mask.mask_step()
 
     def end_domain(self) -> None:
         """Normalise the task's gradients, and keep the largest importance."""

@@ -324,7 +324,7 @@ def _check_mask(probe: _Probe) -> Iterator[str]:
         mask.before_step()
         for parameter in probe.parameters.values():
             parameter.add_(1)
-        mask.after_step()
+        mask.mask_step()
         for name, parameter in probe.parameters.items():
             frozen = torch.zeros(parameter.shape, dtype=torch.bool)
             for piece in units.slices:

@@ -116,7 +116,7 @@ class ParameterMask:
     """
     Scales what one optimizer step does to parameters by 1 − what is held back.
 
-    Call [`before_step`] when the gradients are final (accumulated, clipped) and [`after_step`] when the optimizer has
+    Call [`before_step`] when the gradients are final (accumulated, clipped) and [`mask_step`] when the optimizer has
     stepped. What is held back by 1 stays what it was bit for bit, by 0 it takes the optimizer's step bit for bit.
 
     Under FSDP2 each process masks its own slice of the parameters, and nothing is gathered.
@@ -150,7 +150,7 @@ class ParameterMask:
             torch._foreach_copy_(self._before, [local(parameter) for parameter, _ in self._masked])
 
     @torch.no_grad()
-    def after_step(self) -> None:
+    def mask_step(self) -> None:
         """Take back the masked share of the step. A step that the gradient scaler skipped stays skipped."""
         if self.target == "update":
             for (parameter, held_back), before in zip(self._masked, self._before, strict=True):

@@ -226,7 +226,7 @@ def check_masked_steps(optim, target):
             with nothing_gathered():
                 mask.before_step()
                 optimizer.step()
-                mask.after_step()
+                mask.mask_step()
             optimizer.zero_grad()
     expected, moved = dict(plain.named_parameters()), 0
     for name, parameter in named_parameters(model).items():

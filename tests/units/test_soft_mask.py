@@ -43,7 +43,7 @@ def train(optimizer_class, importance=None, target="update", steps=3, kinds=KIND
             mask.before_step()
         optimizer.step()
         if mask:
-            mask.after_step()
+            mask.mask_step()
     return units, {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
@@ -180,7 +180,7 @@ def test_skipped_step_stays_skipped():
     mask = SoftMask(units, constant(units, 0.3))
     for _ in range(2):
         mask.before_step()
-        mask.after_step()
+        mask.mask_step()
     assert all(torch.equal(parameter, start()[name]) for name, parameter in model.named_parameters())
 
 
@@ -196,7 +196,7 @@ def test_frozen_and_unused_parameters_are_left_alone():
         layer.output.dense.weight.grad = torch.ones_like(layer.output.dense.weight)
         mask.before_step()
         optimizer.step()
-        mask.after_step()
+        mask.mask_step()
         for name, parameter in model.named_parameters():
             moved = 0.5 if parameter is layer.output.dense.weight else 0.0
             torch.testing.assert_close(parameter, start()[name] - moved)

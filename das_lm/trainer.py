@@ -529,11 +529,11 @@ class ContinualTrainer(ShardedTraining):
             signals.received = int(self.accelerator.gather(received).max()) or None
         return signals.postponed and signals.received is not None
 
-    def importance_batches(self, epoch: int) -> Iterator[dict[str, torch.Tensor]]:
-        """This process's share of `importance_samples` blocks, in batches on the device, with the order and masks of
-        an `epoch` (negative: never trained on). Shows a progress bar."""
+    def importance_batches(self, epoch: int, count: int | None = None) -> Iterator[dict[str, torch.Tensor]]:
+        """This process's share of `count` blocks (by default `importance_samples`), in batches on the device, with the
+        order and masks of an `epoch` (negative: never trained on). Shows a progress bar."""
         blocks = self.train_dataset.at(epoch)
-        count = blocks.available(self.args.importance_samples)
+        count = blocks.available(self.args.importance_samples if count is None else count)
         mine = range(self.args.process_index, count, self.args.world_size)
         size = self.args.importance_batch_size
         starts = range(0, len(mine), size)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from das_lm.methods.ewc import fisher
+from das_lm.methods.ewc import FISHER_EPOCH, fisher
 from das_lm.methods.penalty import Tensors
 from das_lm.methods.si import PathIntegral
 from das_lm.units.sharding import over_slices
@@ -18,7 +18,8 @@ class RWalk(PathIntegral):
     """
     Riemannian walk: Ω = F + s. F is the diagonal Fisher, a moving average over training batches (equation 7); the
     score s adds up, over stretches of `rwalk_interval` steps, max(0, ΔL) / (½ F Δθ² + ε), the fall of the loss that a
-    parameter brought (−Σ g·Δθ, g the unpenalised gradient) per distance moved in the Fisher's metric (equation 9).
+    parameter brought (−Σ g·Δθ, g the unpenalised gradient) per distance moved in the Fisher's metric (equation 9). The
+    last stretch ends with the domain, however short it is.
     Scores are halved and summed over domains. Both are normalised to a largest value of 1 before they are added, as in
     the authors' experiments. The paper writes the penalty without the ½: its λ is half of `penalty_weight`.
 
@@ -50,13 +51,22 @@ class RWalk(PathIntegral):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Every `rwalk_interval` steps, the Fisher's moving average, and the score of the path since."""
+        """Every `rwalk_interval` steps, a stretch ends."""
         super().after_step()
-        step = self.trainer.state.global_step
-        if (step + 1) % self.args.rwalk_interval:
-            return
-        with self.trainer.private_randomness("rwalk", step):
-            new = fisher(self.trainer, [self._batch], self.args.fisher)
+        if (self.trainer.state.global_step + 1) % self.args.rwalk_interval == 0:
+            self._end_stretch([self._batch])
+
+    @torch.no_grad()
+    def finish_weights(self) -> None:
+        """The last stretch ends, where the steps have led. Its Fisher is of a batch that a resumed run has too."""
+        if self.trainer.state.global_step % self.args.rwalk_interval:
+            rows = self.args.importance_batch_size * self.args.world_size
+            self._end_stretch(self.trainer.importance_batches(FISHER_EPOCH, rows))
+
+    def _end_stretch(self, batches: Iterable[Mapping[str, torch.Tensor]]) -> None:
+        """The Fisher's moving average, and the score of the path since the last time."""
+        with self.trainer.private_randomness("rwalk", self.trainer.state.global_step):
+            new = fisher(self.trainer, batches, self.args.fisher)
         decay = self.args.rwalk_decay
         for name, value in self.values().items():
             old = self.fisher.get(name)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from transformers import TrainerCallback
 
 from das_lm import ContinualTrainer, DASConfig
 from das_lm.data.blocks import TrainingRows
@@ -292,6 +293,45 @@ def test_rwalk_by_hand(tmp_path):
     )
     trainer_of(tmp_path, model, method, data, **{**options, "learning_rate": 1e-9}).train()
     torch.testing.assert_close(flat(method.old_score), score.detach() / 2, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("others", [[], ["ema", "interpolate"]])
+def test_the_last_stretch_of_rwalk_ends_with_the_domain(others, tmp_path):
+    """Two steps, with an interval of five: the score is that of the path to where the steps have led, whatever is made
+    of the weights then. So it is where a callback ends the training before its time."""
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 2
+
+    data, reference = rows(8, classes=2), Linear(2)
+    for max_steps, callbacks in ((2, []), (9, [Stop()])):
+        method = RWalk()
+        options = {"max_steps": max_steps, "rwalk_interval": 5, "fisher": "empirical", "importance_batch_size": 8}
+        trainer = trainer_of(tmp_path, Linear(2), [method, *others], data, **options)
+        for callback in callbacks:
+            trainer.add_callback(callback)
+        order = [trainer.train_dataset[position] for position in range(8)]
+        trainer.train()
+        reference.load_state_dict(Linear(2).state_dict())
+        start = flat({n: p.detach().clone() for n, p in reference.named_parameters()})
+        end, fall = start, torch.zeros(2, 4)
+        for step in range(2):
+            reference.zero_grad()
+            reference(*stacked(order[4 * step : 4 * step + 4]))["loss"].backward()
+            gradient = flat({n: p.grad for n, p in reference.named_parameters()})
+            with torch.no_grad():
+                for parameter in reference.parameters():
+                    parameter -= 0.05 * parameter.grad
+            before, end = end, flat({n: p.detach().clone() for n, p in reference.named_parameters()})
+            fall -= gradient * (end - before)
+        inputs, labels = stacked(data)
+        errors = nn.functional.one_hot(labels, 2) - reference(inputs)["logits"].detach().softmax(-1)
+        fisher = errors.square().T @ with_ones(inputs).square() / 8
+        score = fall.clamp(min=0) / (0.5 * fisher * (end - start) ** 2 + RWalk.EPSILON)
+        torch.testing.assert_close(flat(method.fisher), fisher, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(flat(method.old_score), score, rtol=1e-4, atol=1e-6)
+        assert method.importance["layer.weight"].any()
 
 
 @pytest.mark.parametrize("statistic", ["fisher", "mas"])

@@ -341,16 +341,24 @@ class ContinualTrainer(ShardedTraining):
                 return (losses.mean(), outputs) if return_outputs else losses.mean()
             for method in self.methods:
                 losses = method.change_losses(inputs, outputs, losses)
-            loss = losses.sum() / num_items_in_batch
-            if self.args.average_tokens_across_devices:  # counted over all processes, which DDP averages
-                loss = loss * self.accelerator.num_processes
+            loss = self._share(losses, num_items_in_batch)
         self._note(self.objective.name, loss)
         for method in self.methods:
             for name, extra in method.loss(model, inputs, outputs).items():
-                extra = extra / self.current_gradient_accumulation_steps
+                if extra.ndim:
+                    extra = self._share(extra, num_items_in_batch)
+                else:
+                    extra = extra / self.current_gradient_accumulation_steps
                 self._note(name, extra)
                 loss = loss + extra
         return (loss, outputs) if return_outputs else loss
+
+    def _share(self, losses: torch.Tensor, num_items_in_batch: torch.Tensor | int) -> torch.Tensor:
+        """What the losses of a batch's predictions, [predictions], are of their mean over the step's."""
+        share = losses.sum() / num_items_in_batch
+        if self.args.average_tokens_across_devices:  # counted over all processes, which DDP averages
+            share = share * self.accelerator.num_processes
+        return share
 
     def _note(self, name: str, part: torch.Tensor) -> None:
         """A part of the loss: to log, and to look at before the step."""

@@ -136,7 +136,9 @@ class Method:
 
     def loss(self, model: nn.Module, batch: dict[str, torch.Tensor], outputs: Any) -> dict[str, torch.Tensor]:
         """
-        What to add to the domain's loss: name -> scalar, a mean over the batch.
+        What to add to the domain's loss: name -> a mean over the batch, a scalar, which is averaged over the batches
+        of a step; or, of a language model, a loss of each prediction, [predictions], all of which count alike in the
+        step, as those of the domain do.
 
         Args:
             batch: the domain's own rows.

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 class LwF(Method):
     """
-    Learning without forgetting: adds `lwf_weight` · T² · KL(p_old^{1/T} ‖ p_new^{1/T}), averaged over the predictions
-    of the batch (regression: the squared difference). A pre-trained language model teaches from the first domain on,
-    another module from the second. A module with heads (a method `head_logits(inputs, task)`) is taught on the heads
-    of all earlier tasks.
+    Learning without forgetting: adds `lwf_weight` · T² · KL(p_old^{1/T} ‖ p_new^{1/T}), averaged as the domain's own
+    loss is over the predictions of a step (regression: the squared difference). A pre-trained language model teaches
+    from the first domain on, another module from the second. A module with heads (a method
+    `head_logits(inputs, task)`) is taught on the heads of all earlier tasks.
 
     Memory: one copy of the model, and a forward pass.
     """
@@ -62,15 +62,16 @@ class LwF(Method):
         else:
             ours = outputs.logits[outputs.rows < len(next(iter(batch.values())))]
             loss = self._distance(ours, self.teacher(batch).logits, outputs.classifies)
-        return {"lwf": self.args.lwf_weight * loss}
+        loss = self.args.lwf_weight * loss
+        return {"lwf": loss if outputs.loss is None else loss.mean()}
 
     def _distance(self, ours: torch.Tensor, taught: torch.Tensor, classifies: bool) -> torch.Tensor:
-        """Mean over predictions; both of shape [predictions, classes]."""
+        """Of each prediction, [predictions]; both of shape [predictions, classes]."""
         if not classifies:
-            return F.mse_loss(ours.float(), taught.float())
+            return (ours.float() - taught.float()).square().reshape(len(ours), -1).mean(1)
         temperature = self.args.lwf_temperature
         ours, taught = (F.log_softmax(logits.float() / temperature, dim=-1) for logits in (ours, taught))
-        return temperature**2 * F.kl_div(ours, taught, reduction="batchmean", log_target=True)
+        return temperature**2 * F.kl_div(ours, taught, reduction="none", log_target=True).sum(-1)
 
     def end_domain(self) -> None:
         self.teacher, self.domains = None, self.domains + 1

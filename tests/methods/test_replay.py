@@ -281,6 +281,22 @@ def test_a_pretrained_language_model_teaches_from_the_first_domain_on(tmp_path):
     assert len(logged) == 6 and abs(logged[0]) < 1e-6 < logged[-1]  # at first both are one model
 
 
+def test_lwf_counts_every_prediction_of_a_step_alike(tmp_path):
+    """Four batches of one row, of different numbers of masked tokens, are one batch of four rows."""
+    runs = []
+    for rows_at_once in (4, 1):
+        model = tiny_roberta(0.0)
+        sizes = {"per_device_train_batch_size": rows_at_once, "gradient_accumulation_steps": 4 // rows_at_once}
+        options = {"optim": "sgd", "max_grad_norm": 0.0, "lwf_weight": 3.0, **sizes}
+        trainer = trainer_of(tmp_path, model, "lwf", random_blocks(24), **options)
+        trainer.train()
+        runs.append((parameters(model), [entry["loss_lwf"] for entry in trainer.state.log_history[:-1]]))
+    (ours, ours_logged), (theirs, theirs_logged) = runs
+    assert ours_logged == pytest.approx(theirs_logged, rel=1e-3, abs=1e-6) and max(ours_logged) > 0.01
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
 def test_every_earlier_head_is_taught(tmp_path):
     from das_lm.classic import MLP
 

@@ -219,7 +219,7 @@ def _evaluate(
                 windows = held_out_windows(recipe, dict(text), tokenizer, model.trainer.args)[0]
             measured = {name: model.held_out(name, one) for name, one in windows.items()}
             held_out.append(measured)
-            stage["scores"] = {name: one.measures(model.trainer.objective.causal) for name, one in measured.items()}
+            stage["scores"] = {name: one.measures(model.trainer.criterion.causal) for name, one in measured.items()}
             if probes.pseudo_perplexity:
                 stage["pseudo"] = {
                     name: model.pseudo_perplexity(name, one, probes.pseudo_perplexity) for name, one in windows.items()

@@ -49,20 +49,20 @@ def _config(path: str, recipe: Recipe) -> Any:
     return read_config(_path(base) if base else path, recipe.trust_remote_code)
 
 
-def read_config(path: str, trust_remote_code: bool = False) -> Any:
+def read_config(path: str, trust_remote_code: bool = False, **options: Any) -> Any:
     """
-    The config of a model.
+    The config of a model; `options` are those of `from_pretrained`.
 
     Raises:
         UserError: it cannot be read, or asks for more than any model has.
     """
     with as_user_error(_cannot_load(path)):
-        written, _ = PreTrainedConfig.get_config_dict(path)
+        written, _ = PreTrainedConfig.get_config_dict(path, **options)
         for key, value in _numbers(written):
             most = next((most for name, most in TOO_MANY.items() if re.fullmatch(name, key)), value)
             if value > most or (value < 0 and re.match("num_|n_", key)):
                 raise ValueError(f"its config has {key}: {value:.5g}")
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **options)
         if not all(isinstance(name, str) for name in config.architectures or ()):
             raise ValueError("its config has architectures that are no names")
     return config
@@ -129,7 +129,11 @@ def _check_adapters(recipe: Recipe, quantized: bool) -> None:
 def is_causal(recipe: Recipe, path: str | None = None) -> bool:
     """Whether a model is a causal language model rather than a masked one: what its config says that it was saved as,
     or else what its type is made for."""
-    config = _config(path or model_path(recipe), recipe)
+    return saved_as_causal(_config(path or model_path(recipe), recipe))
+
+
+def saved_as_causal(config: Any) -> bool:
+    """[`is_causal`] of a config."""
     saved_as = set(config.architectures or ())
     if saved_as & set(MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()):
         return False
@@ -174,18 +178,23 @@ def _load_whole(path: str, recipe: Recipe) -> Any:
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
         )  # as QLoRA (Dettmers et al., arXiv 2305.14314)
+    return load_whole(path, is_causal(recipe, path), trust_remote_code=recipe.trust_remote_code, **options)
+
+
+def load_whole(path: str, causal: bool, **options: Any) -> Any:
+    """
+    Load a language model with all of its weights, in fp32 unless `options`, those of `from_pretrained`, say otherwise.
+
+    Raises:
+        UserError: it cannot be loaded or run, or lacks weights.
+    """
+    options.setdefault("dtype", torch.float32)  # a masked update below one ulp of a half-precision parameter is lost
     verbosity = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()  # its load report; what is missing is said below
-    kind = AutoModelForCausalLM if is_causal(recipe, path) else AutoModelForMaskedLM
+    kind = AutoModelForCausalLM if causal else AutoModelForMaskedLM
     try:
         with as_user_error(_cannot_load(path)):
-            model, info = kind.from_pretrained(
-                path,
-                dtype=torch.float32,  # a masked update below one ulp of a half-precision parameter would be lost
-                trust_remote_code=recipe.trust_remote_code,
-                output_loading_info=True,
-                **options,
-            )
+            model, info = kind.from_pretrained(path, output_loading_info=True, **options)
     except UserError as error:
         if isinstance(error.__cause__, UnpicklingError):  # whose own advice is to run the code
             reason = "its .bin file is broken, or reading it would run code; save the model as safetensors"
@@ -202,7 +211,7 @@ def _load_whole(path: str, recipe: Recipe) -> Any:
             f"model_name_or_path: the checkpoint {path} lacks weights of the language model, which would be "
             f"random: {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''}; use one that has its LM head"
         )
-    if recipe.attn_implementation is None and model.device.type != "meta":  # others may need a GPU
+    if "attn_implementation" not in options and model.device.type != "meta":  # others may need a GPU
         with as_user_error(f"model_name_or_path: '{path}' can be loaded, but not run"), torch.no_grad():
             model(input_ids=torch.tensor([[0, 1]], device=model.device))["logits"]
     return model
@@ -215,14 +224,21 @@ def load_tokenizer(path: str, recipe: Recipe) -> Any:
     Raises:
         UserError: there is none, it is broken, or it is of another model.
     """
+    with as_user_error(_cannot_load(path)):
+        vocabulary = _config(path, recipe).vocab_size
+    return read_tokenizer(path, vocabulary, trust_remote_code=recipe.trust_remote_code)
+
+
+def read_tokenizer(path: str, vocabulary: int, **options: Any) -> Any:
+    """The same for a model of so many tokens; `options` are those of `from_pretrained`."""
     with as_user_error(f"model_name_or_path: no tokenizer can be loaded from '{path}'"):
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=recipe.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
         if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes where there is none
             raise ValueError("no tokenizer is saved beside the model")
         if not isinstance(tokenizer.model_max_length, int | float):
             raise ValueError("its model_max_length is no number")
         special_tokens(tokenizer)
-        highest, vocabulary = highest_id(tokenizer), _config(path, recipe).vocab_size
+        highest = highest_id(tokenizer)
     if highest >= vocabulary:
         raise UserError(
             f"model_name_or_path: the tokenizer of '{path}' gives ids up to {highest}, and the model knows "

@@ -48,6 +48,7 @@ from das_lm.files import (
     partial_path,
     seal,
 )
+from das_lm.inputs import data_seed
 from das_lm.interruption import ProcessLost, Signals, check_signals, is_about_processes, is_about_workers
 from das_lm.loading import check_model, is_causal, load_model, load_tokenizer, model_path
 from das_lm.methods import METHODS, unread_options, without_effect
@@ -65,7 +66,7 @@ from das_lm.run_directory import (
     undo_overwriting,
 )
 from das_lm.terminal import Console
-from das_lm.trainer import STATE_NAME, ContinualTrainer, data_seed
+from das_lm.trainer import STATE_NAME, ContinualTrainer
 from das_lm.units import Architecture
 from das_lm.units.importance import FILE_NAME as IMPORTANCE_NAME
 from das_lm.units.importance import Importance
@@ -400,7 +401,7 @@ def _measure(
 ) -> tuple[dict[str, Any], dict[str, HeldOut]]:
     """A row of the result matrix, and what every document says, under the key that it is kept by."""
     measured = trainer.measure(held_out)
-    scores = {domain: one.measures(trainer.objective.causal) for domain, one in measured.items()}
+    scores = {domain: one.measures(trainer.criterion.causal) for domain, one in measured.items()}
     broken = [domain for domain, score in scores.items() if not math.isfinite(score["loss"])]
     if broken:
         raise UserError(

@@ -5,45 +5,38 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import pickle
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import IterableDataset
 from huggingface_hub import HfApi
 from peft import PeftConfig, PeftModel
 from torch import nn
 from torch.utils.data import DataLoader, SequentialSampler
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, HubStrategy, SaveStrategy
-from transformers.training_args import ParallelMode
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    EvalLoopOutput,
+    EvalPrediction,
+    HubStrategy,
+    SaveStrategy,
+    denumpify_detensorize,
+)
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from das_lm import __version__
-from das_lm.adapters import check_adapter_kind, with_adapter
-from das_lm.config import DASConfig
+from das_lm import __version__, inputs
 from das_lm.cpu import keep_freed_memory
-from das_lm.data.blocks import (
-    HeldOutWindows,
-    PaddingCollator,
-    TrainingBlocks,
-    TrainingRows,
-    addressed_seed,
-    collate,
-    labeling,
-)
-from das_lm.data.packing import longest_input, pack, separator_of, windows
-from das_lm.data.streaming import DocumentStream, TrainingStream
-from das_lm.errors import NotFinite, UserError, did_you_mean
-from das_lm.evaluation.held_out import HeldOut, held_out_losses
+from das_lm.data.blocks import addressed_seed
+from das_lm.data.packing import separator_of
+from das_lm.data.streaming import TrainingStream
+from das_lm.errors import NotFinite, UserError
+from das_lm.evaluation.held_out import HeldOut, Predictions, held_out_losses
 from das_lm.files import (
     broken_file,
     newest_checkpoint,
@@ -55,7 +48,7 @@ from das_lm.files import (
 )
 from das_lm.fsdp import ShardedTraining
 from das_lm.interruption import Interrupted, Signals, check_signals
-from das_lm.methods import METHODS, Method, files_with_training_text, without_effect
+from das_lm.methods import Method, files_with_training_text, without_effect
 from das_lm.objective import LanguageModeling, ModuleLoss, Output, check_head_in_chunks
 from das_lm.units import Architecture, Units
 from das_lm.units.sharding import full, is_sharded, local, named_parameters, whole_state_dict
@@ -75,15 +68,18 @@ class ContinualTrainer(ShardedTraining):
     takes columns of the data sets by name and returns a loss (see [`ModuleLoss`]).
 
     Args:
-        model: a language model, loaded with its LM head, in fp32; or another module.
-        args: the arguments; a [`DASConfig`].
-        method: names in `das_lm.methods.METHODS`, or [`Method`] objects; one or a list, in any order.
-        train_dataset: documents (a data set with a column `text`, or an `IterableDataset` with one, which is read
-            while training, see [`TrainingStream`]), packed blocks (a column `input_ids`), or a [`TrainingBlocks`]; for
-            another module, a map-style data set of dictionaries, or a [`TrainingRows`].
+        model: a language model, loaded with its LM head, in fp32, or its name, as for `from_pretrained`; or another
+            module.
+        args: the arguments; a [`DASConfig`], or plain `TrainingArguments`.
+        method: names in `das_lm.methods.METHODS`, or classes or objects of [`Method`]; one or a list, in any
+            order.
+        train_dataset: documents (a list of texts, or a data set with a column `text_column`, whose empty rows are left
+            out; a stream of either, an `IterableDataset`, is read while training, see [`TrainingStream`]), packed
+            blocks (a column `input_ids`), or a [`TrainingBlocks`]; for another module, a map-style data set of
+            dictionaries or tuples, or a [`TrainingRows`]. Of a `DatasetDict` the split `train`.
         eval_dataset: held-out documents, windows or [`HeldOutWindows`], or a dictionary of them by domain; for another
-            module, a data set or a dictionary of them.
-        processing_class: the tokenizer.
+            module, a data set or a dictionary of them. Of a `DatasetDict` the splits other than `train`.
+        processing_class: the tokenizer; of a model that is given by name, its own.
         domain: name of the domain that is learned.
         development_dataset: held-out data sets by domain, as in `eval_dataset`, for what a method chooses by a score
             (`interpolation_alpha="auto"`); never the ones that are reported.
@@ -91,7 +87,13 @@ class ContinualTrainer(ShardedTraining):
         peft_config: a `LoraConfig` of PEFT: a fresh adapter learns, and the model is frozen. What is saved is the
             adapter; `trainer.model.merge_and_unload()` is the model that the next domain starts from. A `PeftModel`
             trains the adapter that it has.
-        kwargs: further arguments of the Trainer.
+        model_init: makes the model, in place of `model`: whenever training begins, and so for every trial of
+            `hyperparameter_search`.
+        model_init_kwargs: for `from_pretrained`, of a model that is given by name.
+        text_column: the column that holds the text.
+        data_collator: makes a batch of rows that are masked and labelled already, in place of [`PaddingCollator`].
+        kwargs: further arguments of the Trainer. `compute_metrics` gets the logits and labels that
+            [`predict`] returns.
 
     Raises:
         UserError: what the arguments, the model or the method cannot work with.
@@ -102,9 +104,9 @@ class ContinualTrainer(ShardedTraining):
 
     def __init__(
         self,
-        model: nn.Module,
-        args: DASConfig,
-        method: str | Method | Sequence[str | Method] = "naive",
+        model: str | nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        method: str | type[Method] | Method | Sequence[str | type[Method] | Method] = "naive",
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
@@ -112,47 +114,40 @@ class ContinualTrainer(ShardedTraining):
         development_dataset: Mapping[str, Any] | None = None,
         architecture: Architecture | None = None,
         peft_config: PeftConfig | None = None,
+        model_init: Callable[..., nn.Module] | None = None,
+        model_init_kwargs: Mapping[str, Any] | None = None,
+        text_column: str = "text",
+        data_collator: Callable[[list], dict[str, torch.Tensor]] | None = None,
         **kwargs: Any,
     ):
-        _refuse(args)
+        self.args = args = inputs.as_config(args)
+        inputs.check_arguments(args, kwargs | {"method": method, "model_init": model_init})
         args.hub_strategy = HubStrategy.END  # a push on the way writes training_args.bin, a pickle with the token
         if args.device.type == "cpu":
             keep_freed_memory()
-        self.domain = domain
-        model = self._adapted(args, model, processing_class, peft_config)
-        self.has_adapter = isinstance(model, PeftModel)
-        if processing_class is None:
-            if args.non_unit_lr_scale != 1:
-                raise UserError("non_unit_lr_scale: only a language model has units; leave it at 1 for another module")
-            if args.chunked_cross_entropy:
-                raise UserError("chunked_cross_entropy: only a language model has an LM head; leave it off")
-            self.units, self.objective = None, ModuleLoss(model)
-            kwargs.setdefault("data_collator", collate)
-            if train_dataset is not None and not isinstance(train_dataset, TrainingRows):
-                train_dataset = TrainingRows({domain: train_dataset}, data_seed(args))
+        self.domain, self._method, self._architecture, self._peft_config = domain, method, architecture, peft_config
+        model, self.processing_class = inputs.named_model(model, model_init, model_init_kwargs, processing_class)
+        self.model_init = model_init
+        if model_init is not None:
+            set_seed(args.seed)
+        model = self._adapted(model) if model_init is None else self.call_model_init()
+        self._take(model)
+        if self.units is None:
+            self.inputs = inputs.Rows(args, domain, model)
         else:
-            self.units = Units(model, architecture)
-            if args.chunked_cross_entropy:
-                check_head_in_chunks(self.units)
-            inner = self.units.model
-            self.objective = LanguageModeling(
-                self.units,
-                inner.can_generate(),
-                separator_of(processing_class) if inner.can_generate() and args.separate_documents else None,
-            )
-            kwargs.setdefault("data_collator", PaddingCollator(processing_class))
-            train_dataset, eval_dataset, development_dataset = self._prepared(
-                args, inner, processing_class, train_dataset, eval_dataset, development_dataset
-            )
-        self.development_dataset = development_dataset
+            self.inputs = inputs.Text(args, domain, self.units.model, self.processing_class, text_column)
+            self.inputs.check_collator(data_collator)
+        self.development_dataset = self.inputs.held_out(development_dataset, "development_dataset")
         super().__init__(
             model=model,
             args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
+            data_collator=data_collator or self.inputs.collator,
+            train_dataset=self.inputs.training(train_dataset),
+            eval_dataset=self.inputs.held_out(eval_dataset),
+            processing_class=self.processing_class,
             **kwargs,
         )
+        self.model_init = model_init  # the Trainer makes no model of its own
         rows = args.per_device_train_batch_size * args.world_size
         if args.dataloader_drop_last and self.train_dataset is not None and 0 < len(self.train_dataset) < rows:
             raise UserError(
@@ -167,11 +162,29 @@ class ContinualTrainer(ShardedTraining):
         self._step_parts: list[tuple[str, torch.Tensor]] = []  # of the batches of the present step
         self._until_backward = ExitStack()
         self._signals = Signals()
-        methods = [_make_method(one) for one in ([method] if isinstance(method, str | Method) else method)]
-        self.methods = sorted(methods, key=lambda one: (one.order, type(one).__name__))
-        for one, following in pairwise(self.methods):
-            if type(one) is type(following):
-                raise UserError(f"method: '{type(one).__name__.lower()}' stands there twice; leave one out")
+        self._make_methods()
+        self.callback_handler.callbacks.insert(0, _Moments(self))  # callbacks, too, see the masked step
+
+    def _take(self, model: nn.Module) -> None:
+        """A model is here: its units, and what a batch asks of it (the Trainer's `objective` is that of a search)."""
+        self.has_adapter = isinstance(model, PeftModel)
+        if self.processing_class is None:
+            for name, off, what in (("non_unit_lr_scale", 1, "units"), ("chunked_cross_entropy", False, "an LM head")):
+                if getattr(self.args, name) != off:
+                    raise UserError(f"{name}: only a language model has {what}; leave it at {off} for another module")
+            self.units, self.criterion = None, ModuleLoss(model)
+            return
+        self.units = Units(model, self._architecture)
+        if self.args.chunked_cross_entropy:
+            check_head_in_chunks(self.units)
+        causal = self.units.model.can_generate()
+        separated = causal and self.args.separate_documents
+        separator = separator_of(self.processing_class) if separated else None
+        self.criterion = LanguageModeling(self.units, causal, separator)
+
+    def _make_methods(self) -> None:
+        """The methods, attached to the model that is here."""
+        self.methods = inputs.make_methods(self._method)
         if self.is_sharded:
             self._check_sharding()
         for one in self.methods:
@@ -186,55 +199,50 @@ class ContinualTrainer(ShardedTraining):
                     "slice of them: use DDP, or another method, such as das, ewc or replay"
                 )
             one.attach(self)
-        self.callback_handler.callbacks.insert(0, _Moments(self))  # callbacks, too, see the masked step
 
-    def _adapted(self, args: DASConfig, model: nn.Module, tokenizer: Any, config: PeftConfig | None) -> nn.Module:
+    def _adapted(self, model: nn.Module) -> nn.Module:
         """The model with its adapter, if it has one or gets one."""
-        if config is None and not isinstance(model, PeftModel):
-            if getattr(getattr(model, "config", None), "quantization_config", None):
-                raise UserError(
-                    "the model is quantized, so that its weights cannot be trained: give a peft_config, or load it in "
-                    "full precision"
-                )
-            return model
-        if tokenizer is None:
-            raise UserError("peft_config: only a language model takes an adapter; give a processing_class")
-        if args.non_unit_lr_scale != 1:
-            raise UserError("non_unit_lr_scale: with an adapter, only what peft names learns; leave it at 1")
-        args.label_names = args.label_names or ["labels"]  # the Trainer cannot see them through PEFT's wrapper
-        if config is not None:
-            return with_adapter(model, config, addressed_seed(args.seed, self.domain, "adapter"))
-        check_adapter_kind(model)
-        return model
+        seed = addressed_seed(self.args.seed, self.domain, "adapter")
+        return inputs.adapted(model, self._peft_config, self.args, self.processing_class, seed)
 
-    def _prepared(
-        self, args: DASConfig, model: nn.Module, tokenizer: Any, train_dataset: Any, *held_out: Any
-    ) -> tuple[Any, ...]:
-        """Text as the language model reads it: packed blocks, and windows of held-out documents."""
-        masking = labeling(tokenizer, model.can_generate(), args.mlm_probability)
-        max_length = _checked_length(args.max_length, model, tokenizer)
-        if isinstance(train_dataset, IterableDataset):
-            documents = DocumentStream(train_dataset, where=f"domain '{self.domain}'")
-            train_dataset = TrainingStream(documents, tokenizer, max_length, masking, data_seed(args), self.domain)
-        if isinstance(train_dataset, TrainingStream):
-            _take_from_stream(args, train_dataset)
-        elif train_dataset is not None and not isinstance(train_dataset, TrainingBlocks):
-            if "input_ids" not in train_dataset.column_names:
-                train_dataset = pack(train_dataset, tokenizer, max_length)
-            train_dataset = TrainingBlocks({self.domain: train_dataset}, masking, data_seed(args))
+    # ---- a fresh model for every run: model_init, hyperparameter_search --------------------------------------------
 
-        def prepared(held_out: Any) -> Any:
-            if held_out is None or isinstance(held_out, HeldOutWindows):
-                return held_out
-            if isinstance(held_out, Mapping):
-                return {name: prepared(one) for name, one in held_out.items()}
-            if "input_ids" not in held_out.column_names:
-                held_out = windows(held_out, tokenizer, max_length)
-            elif "document" not in held_out.column_names:
-                held_out = held_out.add_column("document", list(range(len(held_out))))
-            return HeldOutWindows(held_out, masking, data_seed(args))
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """What `model_init` makes, with an adapter if it gets one."""
+        return self._adapted(super().call_model_init(trial))
 
-        return train_dataset, *(prepared(one) for one in held_out)
+    def _hp_search_setup(self, trial: Any) -> None:
+        """The model that will be trained is here, and in a search the arguments of the trial."""
+        super()._hp_search_setup(trial)
+        if self.model_init is not None:
+            self._take(self.model)
+            self.inputs.again(self.train_dataset)
+            self._make_methods()
+        if self._resumes_from:
+            for method in self.methods:
+                method.load(Path(self._resumes_from))
+        warning = without_effect(self.methods)
+        if warning and self.tells_of_methods_without_effect:
+            logger.warning("domain '%s': %s", self.domain, warning)
+        others = {id(one) for one in self._non_units()} if self.args.non_unit_lr_scale == 0 else set()
+        self._frozen = {name for name, one in named_parameters(self.model).items() if id(one) in others}
+        self._set_frozen(True)
+
+    def hyperparameter_search(
+        self, hp_space: Any = None, compute_objective: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """The Trainer's, with `model_init`. The objective is, unless another is given, the mean held-out loss of
+        `eval_dataset`. What is searched are arguments that leave the text as it is.
+
+        Raises:
+            UserError: the trainer has no `model_init` or no `eval_dataset`, or a trial changes the text.
+        """
+        if self.model_init is None or self.eval_dataset is None:
+            raise UserError(
+                "hyperparameter_search: every trial trains a fresh model and measures it: give the trainer a "
+                "model_init in place of a model, and an eval_dataset"
+            )
+        return super().hyperparameter_search(hp_space, compute_objective or _mean_loss, *args, **kwargs)
 
     # ---- one step: batch, forward, loss, backward, optimizer -----------------------------------------------------
 
@@ -332,7 +340,7 @@ class ContinualTrainer(ShardedTraining):
         if model.training:
             for method in self.methods:
                 batch = method.add_rows(batch, self._until_backward)
-        outputs = self.objective(model, batch, self.args.chunked_cross_entropy)
+        outputs = self.criterion(model, batch, self.args.chunked_cross_entropy)
         if outputs.loss is not None:
             loss = outputs.loss / self.current_gradient_accumulation_steps
         else:
@@ -342,7 +350,7 @@ class ContinualTrainer(ShardedTraining):
             for method in self.methods:
                 losses = method.change_losses(inputs, outputs, losses)
             loss = self._share(losses, num_items_in_batch)
-        self._note(self.objective.name, loss)
+        self._note(self.criterion.name, loss)
         for method in self.methods:
             for name, extra in method.loss(model, inputs, outputs).items():
                 if extra.ndim:
@@ -376,7 +384,7 @@ class ContinualTrainer(ShardedTraining):
         model = self.accelerator.unwrap_model(self.model)
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         with self.private_randomness("gradient", self.state.global_step), self.accelerator.autocast():
-            outputs = self.objective(model, batch, self.args.chunked_cross_entropy)
+            outputs = self.criterion(model, batch, self.args.chunked_cross_entropy)
             loss = outputs.losses().mean() if outputs.loss is None else outputs.loss
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         gradients = [
@@ -464,16 +472,9 @@ class ContinualTrainer(ShardedTraining):
             place = Path(resume_from_checkpoint, STREAM_NAME)
             if isinstance(self.train_dataset, TrainingStream) and place.is_file():
                 self.train_dataset.load_state_dict(json.loads(place.read_text(encoding="utf-8")))
-            for method in self.methods:
-                method.load(Path(resume_from_checkpoint))
-        warning = without_effect(self.methods)
-        if warning and self.tells_of_methods_without_effect:
-            logger.warning("domain '%s': %s", self.domain, warning)
+        self._resumes_from, self._frozen = resume_from_checkpoint, set()
         self._loss_parts.clear()
         self._step_parts.clear()
-        others = {id(one) for one in self._non_units()} if self.args.non_unit_lr_scale == 0 else set()
-        frozen = {name for name, one in named_parameters(self.model).items() if id(one) in others}
-        self._set_frozen(frozen, True)
         self._signals, saves = Signals(), self.args.save_strategy != SaveStrategy.NO
         try:
             with self._signals if saves else nullcontext():
@@ -484,12 +485,12 @@ class ContinualTrainer(ShardedTraining):
                 "and resume from an older one"
             ) from error
         finally:
-            self._set_frozen(frozen, False)
+            self._set_frozen(False)
 
-    def _set_frozen(self, names: set[str], frozen: bool) -> None:
+    def _set_frozen(self, frozen: bool) -> None:
         """By name: sharding puts other parameters in the place of these."""
-        for name, parameter in named_parameters(self.model).items():
-            if name in names:
+        for name, parameter in named_parameters(self.model).items() if self._frozen else ():
+            if name in self._frozen:
                 parameter.requires_grad_(not frozen)
 
     @property
@@ -562,10 +563,38 @@ class ContinualTrainer(ShardedTraining):
     # ---- evaluation: exact sums over documents -------------------------------------------------------------------
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Held-out loss per predicted token and top-1 accuracy of every held-out domain. Changes nothing that training
-        depends on: not even the random state, which a data loader would advance."""
+        """Held-out loss per predicted token and top-1 accuracy of every held-out domain, and what `compute_metrics`
+        makes of the predictions. Changes nothing that training depends on: not even the random state, which a data
+        loader would advance.
+
+        Args:
+            eval_dataset: as for the trainer, or the name of one that it has; `None` for all of those.
+
+        Raises:
+            UserError: there is nothing to measure.
+        """
+        has = self.eval_dataset
+        if has is None if eval_dataset is None else isinstance(eval_dataset, str) and eval_dataset not in (has or ()):
+            known = f"; it has {', '.join(has)}" if isinstance(has, dict) else ""
+            raise UserError(f"evaluate: the trainer has no {eval_dataset or 'eval_dataset'}{known}; give documents")
+        if not isinstance(eval_dataset, str):
+            eval_dataset = self.inputs.held_out(eval_dataset)
         with self.private_randomness("evaluate"):
             return super().evaluate(eval_dataset, *args, **kwargs)
+
+    def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """Logits, labels and measures of held-out data. Of a language model they are those of the predicted tokens
+        alone, shape [predictions, vocabulary] and [predictions], in the order of the windows, the longest first; they
+        are all in memory, unless `preprocess_logits_for_metrics` makes less of them.
+
+        Args:
+            test_dataset: as one `eval_dataset`.
+        """
+        test_dataset = self.inputs.held_out(test_dataset, "test_dataset")
+        if isinstance(test_dataset, dict):
+            raise UserError(f"test_dataset: give one of {', '.join(test_dataset)}")
+        with self.private_randomness("evaluate"):
+            return super().predict(test_dataset, *args, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """All of it: `dataloader_drop_last` is about training."""
@@ -582,7 +611,7 @@ class ContinualTrainer(ShardedTraining):
             return {
                 name: held_out_losses(
                     model,
-                    self.objective,
+                    self.criterion,
                     self.get_eval_dataloader(one),
                     self.accelerator,
                     progress=None if self.args.disable_tqdm else f"held-out text of {name}",
@@ -596,20 +625,31 @@ class ContinualTrainer(ShardedTraining):
         return float(np.mean([metrics[f"development_{name}_loss"] for name in self.development_dataset]))
 
     def evaluation_loop(
-        self, dataloader: Any, description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: Any = None,
+        metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Replaces the mean of batch means by sums over all predicted tokens of the documents."""
+        predictions = Predictions(self.accelerator, self.preprocess_logits_for_metrics)
+        if self.args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only:
+            predictions = None
         result = held_out_losses(
             self._ready_to_measure(),
-            self.objective,
+            self.criterion,
             dataloader,
             self.accelerator,
             progress=None if self.args.disable_tqdm else description,
+            predictions=predictions,
         )
-        metrics = {
-            f"{metric_key_prefix}_{name}": value for name, value in result.measures(self.objective.causal).items()
-        }
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(result.tokens))
+        metrics = result.measures(self.criterion.causal)
+        logits, labels = predictions.arrays() if predictions else (None, None)
+        if predictions and self.compute_metrics:
+            metrics |= denumpify_detensorize(self.compute_metrics(EvalPrediction(logits, labels)))
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        return EvalLoopOutput(logits, labels, metrics, num_samples=len(result.tokens))
 
     # ---- checkpoints: whole or absent ----------------------------------------------------------------------------
 
@@ -714,10 +754,9 @@ class DASTrainer(ContinualTrainer):
 
     ```python
     trainer = DASTrainer(
-        model=AutoModelForMaskedLM.from_pretrained("roberta-base"),
+        model="roberta-base",
         args=DASConfig(output_dir="bio", learning_rate=1e-4),
-        train_dataset=load_dataset("text", data_files="bio.txt", split="train"),
-        processing_class=AutoTokenizer.from_pretrained("roberta-base"),
+        train_dataset=Domain("bio", data="bio.txt").load().train,
         domain="bio",
     )
     trainer.train()
@@ -775,54 +814,5 @@ class _Moments(TrainerCallback):
             method.end_domain()
 
 
-def _take_from_stream(args: DASConfig, stream: TrainingStream) -> None:
-    """Make of a stream the rows that training takes, one after the other."""
-    if args.max_steps <= 0:
-        raise UserError(f"max_steps: how long {stream.documents.where} is, is not known; say how many steps to train")
-    stream.length = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    # It is read where the checkpoints are written, which hold its place; tokenizers use threads of their own.
-    args.dataloader_num_workers, args.dataloader_prefetch_factor = 0, None
-    args.dataloader_persistent_workers, args.dataloader_multiprocessing_context = False, None
-
-
-def data_seed(args: DASConfig) -> int:
-    """The seed of order and masks."""
-    return args.seed if args.data_seed is None else args.data_seed
-
-
-def _make_method(method: str | Method) -> Method:
-    if isinstance(method, Method):
-        return method
-    if method not in METHODS:
-        raise UserError(f"method: '{method}' is unknown.{did_you_mean(method, METHODS)}")
-    return METHODS[method]()
-
-
-def _refuse(args: DASConfig) -> None:
-    if args.n_gpu > 1:
-        raise UserError(
-            f"one process sees {args.n_gpu} GPUs and would wrap the model in DataParallel, which gates and masks do "
-            "not survive: start it with `accelerate launch`, or show it one GPU with CUDA_VISIBLE_DEVICES=0"
-        )
-    if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-        version = (args.fsdp_plugin_args or {}).get("fsdp_version", os.environ.get("FSDP_VERSION", "1"))
-        if int(version) != 2:
-            raise UserError(
-                "fsdp: version 1 joins the parameters of many modules into one vector, in which masks find no unit; "
-                "write version 2: fsdp_version: 2 in accelerate's file (recipes/accelerate/fsdp2.yaml), or "
-                "fsdp_config: {version: 2}"
-            )
-        if args.parallel_mode != ParallelMode.DISTRIBUTED:
-            raise UserError("fsdp: there is one process, and nothing to share out; leave it off, or start several")
-
-
-def _checked_length(max_length: int, model: nn.Module, tokenizer: Any) -> int:
-    known = len(model.get_input_embeddings().weight)
-    if len(tokenizer) > known:
-        raise UserError(
-            f"processing_class: the tokenizer has {len(tokenizer)} tokens, the model {known}; give its own"
-        )
-    limit = longest_input(model, tokenizer)
-    if max_length > limit:
-        raise UserError(f"max_length: {max_length} is beyond what the model reads, {limit} tokens")
-    return max_length
+def _mean_loss(metrics: Mapping[str, float]) -> float:
+    return float(np.mean([value for name, value in metrics.items() if name.endswith("_loss")]))

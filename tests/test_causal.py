@@ -180,7 +180,7 @@ def test_documents_of_a_block_do_not_see_each_other(build, attention, tmp_path):
     for separate in (True, False):
         args = arguments(tmp_path, separate_documents=separate)
         trainer = ContinualTrainer(model, args, "naive", random_blocks(4), processing_class=tokenizer)
-        output = trainer.objective(model.eval(), batch)
+        output = trainer.criterion(model.eval(), batch)
         logits[separate] = [output.logits[output.rows == row] for row in (0, 1)]
     with torch.no_grad():
         alone = torch.cat([model(torch.tensor([document])).logits[0] for document in documents])

@@ -121,6 +121,10 @@ class TrainingRows(Dataset):
         """Choose the order; the Trainer calls it."""
         self._epoch.fill_(epoch)
 
+    def reset(self, seed: int) -> None:
+        """Begin anew, with another seed: nothing is replayed."""
+        self.seed, self.memories, self._known = seed, {}, {}
+
     def at(self, epoch: int) -> Self:
         """The same rows in the order of another epoch; negative ones are never trained on, and replay nothing."""
         other = copy.copy(self)

@@ -52,25 +52,25 @@ def rows_of_column(batch: dict[str, list], column: str) -> dict[str, list]:
     return {key: [row[key] for row in rows] for key in ("id", "text", "characters")}
 
 
-def text_of(value: Any, where: str, column: str) -> str | None:
+def text_of(value: Any, where: str, column: str, option: str = "column") -> str | None:
     """A cell as text or nothing. Raises `UserError` for anything else."""
     if value is None or isinstance(value, str):
         return value
-    raise UserError(not_text(where, column, describe_value(value)))
+    raise UserError(not_text(where, column, describe_value(value), option))
 
 
-def not_text(where: str, column: str, what: Any) -> str:
-    """The message for a column that holds something else."""
-    return f"{where}: column '{column}' holds {what}, not text; name another as `column`"
+def not_text(where: str, column: str, what: Any, option: str = "column") -> str:
+    """The message for a column that holds something else; `option` is what names the column."""
+    return f"{where}: column '{column}' holds {what}, not text; name another as `{option}`"
 
 
-def missing_column(where: str, column: str, columns: list[str]) -> str:
+def missing_column(where: str, column: str, columns: list[str], option: str = "column") -> str:
     """The message for a column that is not there, with those that are."""
     near = did_you_mean(column, columns) if len(columns) > 1 else ""
     near = near if near.startswith(" Did") else ""
     there_are = ", ".join(map(str, columns))
     there_are = there_are if len(there_are) <= 1_000 else f"{there_are[:1_000]} …"
-    return f"{where}: no column '{column}'; there is {there_are}.{near} Set `column`"
+    return f"{where}: no column '{column}'; there is {there_are}.{near} Set `{option}`"
 
 
 # Files

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from das_lm.errors import UserError
 from das_lm.interruption import check_signals
 from das_lm.objective import Output
 
@@ -81,6 +82,49 @@ class HeldOut:
         return cls(**{name: tensor.numpy() for name, tensor in tensors.items()})
 
 
+class Predictions:
+    """
+    Logits and labels of a whole data set, for `predict` and `compute_metrics`.
+
+    Args:
+        accelerator: of the trainer.
+        smaller: what to keep of a batch's logits, called with them and their labels, such as their argmax.
+    """
+
+    def __init__(self, accelerator: Accelerator, smaller: Callable[..., torch.Tensor] | None = None):
+        self.accelerator, self.smaller = accelerator, smaller
+        self._rows: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def add(self, output: Output, rows: int) -> None:
+        """
+        Keep those of a batch of `rows` rows, of all processes.
+
+        Raises:
+            UserError: the model returns no logits, or what is kept has not one row for each prediction.
+        """
+        if output.logits is None or output.targets is None:
+            raise UserError(
+                "compute_metrics and predict need logits and labels: let the module's forward take 'labels' and "
+                "return a mapping with 'loss' and 'logits'"
+            )
+        logits = output.logits if self.smaller is None else self.smaller(output.logits, output.targets)
+        if not isinstance(logits, torch.Tensor) or logits.shape[:1] != output.targets.shape[:1]:
+            raise UserError(
+                "preprocess_logits_for_metrics: return a tensor with one row for each of the "
+                f"{len(output.targets)} predictions, such as logits.argmax(-1)"
+            )
+        logits = logits.float() if logits.is_floating_point() else logits
+        counts = torch.bincount(output.rows, minlength=rows).tolist()
+        parts = (part.cpu().split(counts) for part in (logits, output.targets))
+        mine = [(one.numpy(), labels.numpy()) for one, labels in zip(*parts, strict=True)]
+        self._rows += self.accelerator.gather_for_metrics(mine, use_gather_object=True)
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """Logits, shape [predictions, …], and labels, shape [predictions, …]; row by row."""
+        logits, labels = zip(*self._rows, strict=True)
+        return np.concatenate(logits), np.concatenate(labels)
+
+
 @torch.no_grad()
 def held_out_losses(
     model: nn.Module,
@@ -88,6 +132,7 @@ def held_out_losses(
     dataloader: Iterable[Mapping[str, torch.Tensor]],
     accelerator: Accelerator,
     progress: str | None = None,
+    predictions: Predictions | None = None,
 ) -> HeldOut:
     """
     Evaluate a model, dropout off.
@@ -98,6 +143,7 @@ def held_out_losses(
             [rows], names the document of each row; without it, each row is one. A column `bytes`, [rows], counts the
             bytes of the predicted text.
         progress: caption of a progress bar, shown by the main process.
+        predictions: collects logits and labels.
     """
     was_training = model.training
     model.eval()
@@ -120,6 +166,8 @@ def held_out_losses(
         sums = per_prediction.new_zeros(rows, 3).index_add(0, output.rows, per_prediction)
         document = batch.get("document", torch.zeros(rows, device=sums.device)).double().unsqueeze(1)
         size = batch.get("bytes", torch.zeros(rows, device=sums.device)).double().unsqueeze(1)
+        if predictions is not None:
+            predictions.add(output, rows)
         columns.append(accelerator.gather_for_metrics(torch.cat([document, sums, size], dim=1)).cpu())
         by_document, knows_bytes = "document" in batch, "bytes" in batch
     model.train(was_training)

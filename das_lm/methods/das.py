@@ -103,7 +103,7 @@ class DAS(Method):
         if gates:
             until_backward.enter_context(gated(self.units, gates))
         return {
-            "input_ids": torch.cat([batch["input_ids"]] + [self.trainer.objective.unmasked(batch)] * views),
+            "input_ids": torch.cat([batch["input_ids"]] + [self.trainer.criterion.unmasked(batch)] * views),
             "attention_mask": batch["attention_mask"].repeat(1 + views, 1),
             "labels": torch.cat([batch["labels"]] + [torch.full_like(batch["labels"], IGNORED)] * views),
         }
@@ -182,7 +182,7 @@ class DAS(Method):
         def losses(batch: dict[str, torch.Tensor]) -> torch.Tensor:
             rows, ids, labels = len(batch["input_ids"]), batch["input_ids"], batch["labels"]
             if hidden_states:
-                ids, labels = self.trainer.objective.unmasked(batch), torch.full_like(labels, IGNORED)
+                ids, labels = self.trainer.criterion.unmasked(batch), torch.full_like(labels, IGNORED)
             output = self._run(ids.repeat(2, 1), batch["attention_mask"].repeat(2, 1), labels.repeat(2, 1))
             if hidden_states:
                 first, second = output.hidden.split(rows)  # [batch, tokens, features]
@@ -222,7 +222,7 @@ class DAS(Method):
         return raw
 
     def _run(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> Output:
-        inputs = self.trainer.objective.inputs(input_ids, attention_mask)
+        inputs = self.trainer.criterion.inputs(input_ids, attention_mask)
         return run_language_model(self.units.model, self.units, inputs, labels)
 
     # ---- views -----------------------------------------------------------------------------------------------------
@@ -247,7 +247,7 @@ class DAS(Method):
         rows, labels = len(batch["input_ids"]), torch.full_like(batch["labels"], IGNORED)
         prior = {key: value.expand(rows, -1) for key, value in self.importance.values.items()}
         with gated(self.units, prior), self.trainer.accelerator.autocast():
-            return self._run(self.trainer.objective.unmasked(batch), batch["attention_mask"], labels).hidden
+            return self._run(self.trainer.criterion.unmasked(batch), batch["attention_mask"], labels).hidden
 
     def _drops(self, example_ids: torch.Tensor, views: int) -> dict[str, torch.Tensor]:
         """

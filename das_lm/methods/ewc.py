@@ -92,8 +92,8 @@ def per_row_mean(trainer: ContinualTrainer, batches: Iterable, losses, statistic
             with trainer.accelerator.autocast():
                 gradients.add(
                     rows,
-                    lambda batch=batch, rows=rows: losses(trainer.objective(model, batch), rows),
-                    trainer.objective.flattened(batch),
+                    lambda batch=batch, rows=rows: losses(trainer.criterion(model, batch), rows),
+                    trainer.criterion.flattened(batch),
                     counts,
                 )
     finally:

@@ -170,7 +170,7 @@ class NCL(Method):
             for batch in trainer.importance_batches(FISHER_EPOCH):
                 count = len(next(iter(batch.values())))
                 with torch.enable_grad(), trainer.accelerator.autocast():
-                    output = trainer.objective(model, batch)
+                    output = trainer.criterion(model, batch)
                     if self.args.fisher == "true":
                         output.targets = sampled_targets(output)
                     loss = output.row_sums(count).sum()

@@ -64,7 +64,7 @@ class SCP(Penalty):
         was_training = model.training
         model.eval()
         with self.trainer.accelerator.autocast():
-            logits = self.trainer.objective(model, batch).logits
+            logits = self.trainer.criterion(model, batch).logits
         logits = logits.float().masked_fill(logits <= torch.finfo(logits.dtype).min, 0)  # what pads a narrower head
         model.train(was_training)
         return logits.reshape(len(logits), -1).sum(0), len(logits)

@@ -98,7 +98,7 @@ class SelfReplay(Replay):
         with trainer.private_randomness("self_replay"):
             for start in tqdm(starts, desc="writing text to replay", unit="batch", disable=hidden):
                 rows = min(args.importance_batch_size, args.memory_size - start)
-                blocks.extend((self._sampled if trainer.objective.causal else self._gibbs)(rows).cpu())
+                blocks.extend((self._sampled if trainer.criterion.causal else self._gibbs)(rows).cpu())
         model.train(was_training)
         return blocks
 
@@ -138,7 +138,7 @@ class SelfReplay(Replay):
                 labels = torch.where(drawn, ids, IGNORED)
                 batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
                 with self.trainer.accelerator.autocast():
-                    logits = self.trainer.objective(self.trainer.model, batch).logits.float()
+                    logits = self.trainer.criterion(self.trainer.model, batch).logits.float()
                 logits[:, forbidden] = -torch.inf
                 logits[:, len(tokenizer) :] = -torch.inf
                 ids[drawn] = torch.multinomial(logits.softmax(-1), 1).squeeze(-1)

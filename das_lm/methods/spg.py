@@ -99,7 +99,7 @@ class SPG(Method):
 
     def _loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """The domain's loss, summed over the predictions of a batch."""
-        output = self.trainer.objective(self.model, batch)
+        output = self.trainer.criterion(self.model, batch)
         return output.losses().sum() if output.loss is None else output.loss * len(output.rows)
 
     # ---- parameters ------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ class Teacher:
             )
         self.trainer = trainer
         self.model = copy.deepcopy(trainer.model).eval().requires_grad_(False)
-        self.objective = trainer.objective.of(self.model)
+        self.criterion = trainer.criterion.of(self.model)
         if state is not None:
             weights = self._weights()
             for name, tensor in taken(state, "teacher", weights, file_name).items():
@@ -49,7 +49,7 @@ class Teacher:
     def __call__(self, batch: Mapping[str, torch.Tensor]) -> Output:
         """The teacher's output on a batch."""
         with self.trainer.accelerator.autocast():
-            return self.objective(self.model, batch)
+            return self.criterion(self.model, batch)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Its weights, those that several modules share once."""

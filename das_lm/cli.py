@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import dataclasses
 import json
 import os
@@ -12,7 +13,7 @@ import typing
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from das_lm.errors import UserError, did_you_mean
+from das_lm.errors import UserError, did_you_mean, speaks
 from das_lm.files import is_about_disk
 from das_lm.interruption import readers_may_go
 from das_lm.terminal import printable
@@ -650,7 +651,10 @@ class _OneLineErrors(argparse.ArgumentParser):
                 raise UserError(f"unexpected argument '{word}'; see {self.prog} --help")
             near = did_you_mean(word, self._option_string_actions)
             raise UserError(f"unknown option '{word}'.{near} See {self.prog} --help")
-        return vars(namespace)
+        options = vars(namespace)
+        if options.get("output_dir"):
+            options["output_dir"] = os.path.expanduser(options["output_dir"])
+        return options
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
@@ -743,7 +747,9 @@ def main(argv: list[str] | None = None) -> int:
         Ctrl-C, 143 for SIGTERM.
     """
     argv = sys.argv[1:] if argv is None else argv
-    speaks = os.environ.get("RANK", "0") == "0"  # of several processes, one
+    if codecs.lookup(getattr(sys.stdout, "encoding", None) or "utf-8").name != "utf-8":
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a sign shows a question mark
+    everywhere = False
     try:
         for word in argv:
             if "\0" in word or word != word.encode("utf-8", "replace").decode("utf-8"):
@@ -760,7 +766,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except UserError as error:
         message, status = f"error: {error}", 2
-        speaks = speaks or getattr(error, "everywhere", False)
+        everywhere = getattr(error, "everywhere", False)
     except OSError as error:
         if not is_about_disk(error):
             raise
@@ -771,6 +777,6 @@ def main(argv: list[str] | None = None) -> int:
         again = "the same command with --resume" if argv[0] in ("pretrain", "search-lambda") else "the same command"
         message = f"{str(error) or 'interrupted'}; {again} continues"
         status = 128 + getattr(error, "number", signal.SIGINT)
-    if speaks:
+    if everywhere or speaks():
         print(printable(f"das-lm: {message}"), file=sys.stderr)
     return status

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -45,3 +46,8 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     if near:
         return f" Did you mean '{near[0]}'?"
     return f" Valid: {', '.join(choices)}." if choices and len(choices) <= 24 else ""
+
+
+def speaks() -> bool:
+    """Whether this process tells what happens: the first of those that a launcher started, which sets all three."""
+    return not {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= set(os.environ) or os.environ["RANK"] == "0"

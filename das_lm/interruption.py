@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdo
 from types import FrameType
 from typing import Any, ClassVar, Self
 
-from das_lm.errors import UserError
+from das_lm.errors import UserError, speaks
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 #: Seconds within which a launcher passes on the Ctrl-C that its processes had from the terminal themselves.
@@ -90,7 +90,7 @@ class Signals:
         if is_first:
             self.received, self._at = number, time.monotonic()
         if self.postponed:
-            if is_first and os.environ.get("RANK", "0") == "0":
+            if is_first and speaks():
                 with suppress(OSError):  # not print: the signal may have come in the middle of one
                     os.write(2, b"\ndas-lm: stopping after this step; the same signal once more stops at once\n")
             if is_first or ("RANK" in os.environ and time.monotonic() < self._at + PASSED_ON):

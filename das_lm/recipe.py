@@ -7,6 +7,7 @@ import enum
 import functools
 import itertools
 import math
+import os
 import re
 import typing
 from collections.abc import Iterator
@@ -79,10 +80,10 @@ class Recipe:
 
     @field_validator("model_name_or_path", "output_dir")
     @classmethod
-    def _check_not_empty(cls, value: str) -> str:
+    def _check_not_empty(cls, value: str, info: ValidationInfo) -> str:
         if not value.strip():
             raise ValueError("is empty")
-        return value
+        return os.path.expanduser(value) if info.field_name == "output_dir" else value
 
     @field_validator("domains")
     @classmethod

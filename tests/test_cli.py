@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import io
 import os
 import sys
 import types
@@ -172,7 +173,10 @@ def test_errors_of_the_walk(walk, capsys, monkeypatch):
     assert status == 130 and "--resume continues" in err
     with pytest.raises(ValueError):  # a mistake of ours keeps its traceback
         fail(ValueError())
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("RANK", "1")  # left over from somewhere; a launcher sets all three
+    assert fail(UserError("the disk is full")) == (2, "", "das-lm: error: the disk is full\n")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert fail(UserError("the disk is full")) == (2, "", "")
 
 
@@ -192,3 +196,30 @@ def test_a_full_disk_is_one_message(monkeypatch, capsys):
     number = errno.ECHILD
     with pytest.raises(OSError):
         main(["report", "x"])
+
+
+@pytest.mark.parametrize("given", [["--output_dir=~/x"], []])
+def test_the_output_directory_may_be_below_home(given, walk, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "r.yaml").write_text("model_name_or_path: built-in\noutput_dir: ~/x\ndomains: [{name: bio}]\n")
+    assert run(capsys, "--recipe", str(tmp_path / "r.yaml"), *given) == (0, "", "")
+    assert walk[0][0].output_dir == f"{tmp_path}/x"
+    calls = []
+    monkeypatch.setattr("das_lm.evaluation.report.write_report", lambda *arguments: calls.append(arguments))
+    assert main(["report", "run", "--output_dir=~/y"]) == 0
+    assert calls == [(["run"], f"{tmp_path}/y", None)]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+@pytest.mark.parametrize("command", ["pretrain --help", "--help", "recipes", "check-data r.yaml", "units gpt2"])
+def test_terminals_that_lack_signs(command, encoding, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    Path("r.yaml").write_text("model_name_or_path: built-in\noutput_dir: out\ndomains: [{name: bio}, {name: cs}]\n")
+    out = io.TextIOWrapper(io.BytesIO(), encoding)
+    monkeypatch.setattr(sys, "stdout", out)
+    try:
+        assert main(command.split()) == 0
+    except SystemExit as stop:
+        assert stop.code == 0
+    out.flush()
+    assert len(out.buffer.getvalue()) > 100

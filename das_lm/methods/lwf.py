@@ -39,6 +39,7 @@ class LwF(Method):
 
     def attach(self, trainer: ContinualTrainer) -> None:
         super().attach(trainer)
+        self.protects_base = trainer.units is not None
         self._seen: set[int] = set()
 
     def begin_domain(self) -> None:

@@ -267,6 +267,13 @@ def test_lwf_adds_the_distillation_from_the_model_before_the_domain(tmp_path):
     assert kl > 1e-4
 
 
+def test_lwf_of_a_module_says_that_nothing_teaches_in_the_first_domain(tmp_path, caplog):
+    method = LwF()
+    for domain, said in enumerate((1, 1)):  # and in the second nothing more
+        trainer_of(tmp_path, Classifier(), method, rows(domain)).train()
+        assert caplog.text.count("lwf: no effect") == said
+
+
 def test_lwf_of_weight_0_is_naive(tmp_path):
     ours, naive = tiny_roberta(0.1), tiny_roberta(0.1)
     trainer_of(tmp_path, ours, "lwf", random_blocks(24), lwf_weight=0.0).train()

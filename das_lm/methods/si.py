@@ -60,11 +60,13 @@ class SI(PathIntegral):
             self.start = {name: value.clone() for name, value in self.values().items()}
         super().begin_domain()
 
-    def measure(self) -> Tensors:
-        """ω / (Δθ² + ξ), of what lowered the loss."""
-        importance = {
+    def finish_weights(self) -> None:
+        """ω / (Δθ² + ξ), of what lowered the loss; Δθ is where the steps have led, whatever is made of it now."""
+        self._measured = {
             name: self.path[name].clamp(min=0) / ((value - self.start[name]).square() + self.args.si_damping)
             for name, value in self.values().items()
         }
-        self.path, self.start = {}, {}
-        return importance
+
+    def measure(self) -> Tensors:
+        measured, self._measured, self.path, self.start = self._measured, {}, {}, {}
+        return measured

@@ -104,13 +104,13 @@ def hold(model: nn.Module, methods: dict, units) -> dict[str, torch.Tensor]:
     return held
 
 
-def learn(directory, names) -> dict[str, torch.Tensor]:
+def learn(directory, names, **options) -> dict[str, torch.Tensor]:
     """Two domains; everything that came out."""
     language = bool({"das", "self_replay"} & set(names))
     model = tiny_roberta(num_hidden_layers=1, hidden_size=16, intermediate_size=16) if language else Classifier()
     methods = {name: METHODS[name]() for name in names}
     for domain in range(2):
-        trainer = learn_domain(directory, model, methods, domain, language)
+        trainer = learn_domain(directory, model, methods, domain, language, **options)
     found = everything(model, methods)
     if "replay" in names:
         data = trainer.train_dataset
@@ -119,10 +119,12 @@ def learn(directory, names) -> dict[str, torch.Tensor]:
     return found
 
 
-def learn_domain(directory, model: nn.Module, methods: dict, domain: int, language: bool) -> ContinualTrainer:
+def learn_domain(
+    directory, model: nn.Module, methods: dict, domain: int, language: bool, **options
+) -> ContinualTrainer:
     """With a look at what the methods promise."""
     own_step = {"optim": "sgd", "max_grad_norm": 0.0, "learning_rate": 0.1} if "ncl" in methods else {}
-    args = DASConfig(str(directory), **{**OPTIONS, **own_step})
+    args = DASConfig(str(directory), **{**OPTIONS, **own_step, **options})
     watch = Watch(methods)
     trainer = ContinualTrainer(
         model, args, list(methods.values()), random_blocks(12, 8, seed=domain) if language else rows(domain),
@@ -175,3 +177,37 @@ def test_pairs(first, alone, tmp_path):
         assert same(found, learn(tmp_path, (second, first))), second
         shared = found.keys() & alone.keys()
         assert same({key: found[key] for key in shared}, {key: alone[key] for key in shared}), second
+
+
+@pytest.mark.parametrize("mask", ["das", "spg"])
+@pytest.mark.parametrize("other", ["ewc", "si", "lwf", "ema"])
+def test_masks_of_the_gradient_hold_in_company(mask, other, tmp_path):
+    """What has importance 1 does not move, whatever the other method adds to the gradient."""
+    options = {"soft_mask_target": "gradient", "optim": "sgd", "learning_rate": 0.1}
+    learn(tmp_path, (mask, other), **options)
+
+
+def test_a_method_twice_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"^method: 'ema' stands there twice"):
+        ContinualTrainer(Classifier(), DASConfig(str(tmp_path), **OPTIONS), ["ema", "si", "ema"], rows(0))
+
+
+def test_two_penalties_are_logged_as_their_sum(tmp_path):
+    model, methods = Classifier(), {"l2": METHODS["l2"](), "mas": METHODS["mas"]()}
+    trainer = learn_domain(tmp_path, model, methods, 0, False)
+    with torch.no_grad():
+        model.body.weight += 0.1
+    trainer.log({"loss": 0.0})
+    both = [method.value() for method in methods.values()]
+    assert min(both) > 0 and trainer.state.log_history[-1]["penalty"] == pytest.approx(sum(both))
+
+
+@pytest.mark.parametrize("method", ["si", "rwalk"])
+def test_the_importance_of_a_path_is_that_of_the_steps(method, tmp_path):
+    """What the weights become when the steps are done (an average, an interpolation) is no part of the path."""
+    importances = []
+    for others in ((), ("ema", "interpolate")):
+        methods = {name: METHODS[name]() for name in (method, *others)}
+        learn_domain(tmp_path, Classifier(), methods, 0, False)
+        importances.append(methods[method].importance)
+    assert same(*importances) and importances[0]["body.weight"].any()

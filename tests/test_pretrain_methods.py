@@ -20,6 +20,7 @@ OPTIONS = {
     "scp": ["--scp_projections", "2"],
     "self_replay": ["--memory_size", "8", "--self_replay_sweeps", "1", "--self_replay_target", "distributions"],
 }
+OPTIONS["replay self_replay"] = OPTIONS["self_replay"]
 WEIGHTS = "model.safetensors"
 
 
@@ -27,7 +28,7 @@ def weights_of(stage) -> dict[str, torch.Tensor]:
     return load_file(stage / WEIGHTS)
 
 
-@pytest.mark.parametrize("methods", [*METHODS, "das replay", "ewc interpolate"])
+@pytest.mark.parametrize("methods", [*METHODS, "das replay", "ewc interpolate", "replay self_replay"])
 def test_an_interrupted_walk_ends_as_an_uninterrupted_one(world, tmp_path, methods, monkeypatch):  # noqa: F811
     """Interrupted in the second domain, after its first checkpoint."""
     options = ["--method", *methods.split(), *OPTIONS.get(methods, []), "--replay_ratio", "0.5"]

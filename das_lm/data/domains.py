@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import itertools
 import re
+import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -109,7 +110,7 @@ class Domain:
     split: str = "train"
     revision: str | None = None
     streaming: bool = False
-    shuffle_buffer: int = Field(default=10_000, ge=1)
+    shuffle_buffer: int = 10_000
     column: str = "text"
     held_out: float | str | list[str] = 0.1
     min_characters: int = 20
@@ -183,18 +184,13 @@ class Domain:
             )
         return held_out
 
-    @field_validator("min_characters")
+    @field_validator("min_characters", "max_documents", "shuffle_buffer")
     @classmethod
-    def _check_min_characters(cls, value: int) -> int:
-        if value < 1:
-            raise ValueError(f"{value} must be at least 1")
-        return value
-
-    @field_validator("max_documents")
-    @classmethod
-    def _check_max_documents(cls, value: int | None) -> int | None:
+    def _check_count(cls, value: int | None) -> int | None:
         if value is not None and value < 1:
             raise ValueError(f"{value} must be at least 1")
+        if value is not None and value > sys.maxsize:
+            raise ValueError(f"{value:.0e} is more than can be counted; leave it out, or write less")
         return value
 
     @field_validator("add_tokens")
@@ -358,7 +354,7 @@ class Domain:
         if self.streaming:
             return datasets.Dataset.from_list([to_row(text_of(row[self.column], where, self.column)) for row in rows])
         kind = rows.features[self.column].dtype
-        if kind not in ("string", "large_string"):
+        if kind not in ("string", "large_string", "string_view"):
             raise UserError(not_text(where, self.column, kind))
         rows = rows.select(range(min(limit or len(rows), len(rows))))
         return rows.map(

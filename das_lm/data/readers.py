@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from das_lm.errors import UserError, did_you_mean
+from das_lm.errors import UserError, as_user_error, did_you_mean
 from das_lm.plain_words import describe_value
 
 if TYPE_CHECKING:
@@ -73,6 +73,13 @@ def missing_column(where: str, column: str, columns: list[str], option: str = "c
     return f"{where}: no column '{column}'; there is {there_are}.{near} Set `{option}`"
 
 
+def _check_columns(where: str, column: str, columns: list[str]) -> None:
+    if column not in columns:
+        raise UserError(missing_column(where, column, columns))
+    if columns.count(column) > 1:
+        raise UserError(f"{where}: {columns.count(column)} columns are called '{column}'; rename all but one")
+
+
 # Files
 
 
@@ -105,7 +112,7 @@ def _content_hash(path: str) -> str:
 
 
 def stream_files(patterns: list[str], column: str, name: str) -> IterableDataset:
-    """The documents of all files in the column `text`, file after file, read when they are asked for."""
+    """The documents of all files in their column, file after file, read when they are asked for."""
     import datasets
 
     # Each file of the list is a shard, which a resumed run begins with where it stopped in it.
@@ -117,12 +124,15 @@ def stream_files(patterns: list[str], column: str, name: str) -> IterableDataset
 def _texts_of_files(files: list[str], column: str) -> Iterator[dict[str, Any]]:
     for path in files:
         for text in _documents(path, column):
-            yield {"text": text}
+            yield {column: text}
 
 
 def _files(patterns: list[str], name: str) -> list[str]:
-    """The files of all patterns, each once."""
-    return list(dict.fromkeys(itertools.chain.from_iterable(_matches(pattern, name) for pattern in patterns)))
+    """The files of all patterns, each once, by however many links it is reached."""
+    files: dict[str, str] = {}
+    for path in itertools.chain.from_iterable(_matches(pattern, name) for pattern in patterns):
+        files.setdefault(os.path.realpath(path), path)
+    return list(files.values())
 
 
 def _matches(pattern: str, name: str) -> list[str]:
@@ -142,6 +152,9 @@ def _matches(pattern: str, name: str) -> list[str]:
             raise UserError(
                 f"domain '{name}': '{path}' is a directory; name its files, for example '{Path(path) / '*.txt'}'"
             )
+        if not os.path.isfile(path):
+            what = "a pipe or a device" if os.path.exists(path) else "a link that leads to no file"
+            raise UserError(f"domain '{name}': '{path}' is {what}; give a file, or a pattern that leaves it out")
         if _suffix(path) not in READERS or path.endswith(".parquet.gz"):
             known = ", ".join(READERS)
             raise UserError(
@@ -254,8 +267,8 @@ def _read_csv(path: str, column: str) -> Iterator[str | None]:
     csv.field_size_limit(sys.maxsize)  # a document may be longer than the 128 KiB that the module allows by default
     reader = csv.DictReader((line for _, line in _lines(path)), strict=True)
     try:
-        if reader.fieldnames is not None and column not in reader.fieldnames:
-            raise UserError(missing_column(f"{path}:1", column, list(reader.fieldnames)))
+        if reader.fieldnames is not None:
+            _check_columns(f"{path}:1", column, list(reader.fieldnames))
         for row in reader:
             yield row[column]
     except csv.Error as error:
@@ -263,21 +276,23 @@ def _read_csv(path: str, column: str) -> Iterator[str | None]:
 
 
 def _read_parquet(path: str, column: str) -> Iterator[str | None]:
-    import pyarrow
+    from pyarrow import types
     from pyarrow.parquet import ParquetFile
 
-    try:
-        with ParquetFile(path) as file:
-            schema = file.schema_arrow
-            if column not in schema.names:
-                raise UserError(missing_column(path, column, schema.names))
-            kind = schema.field(column).type
-            if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-                raise UserError(not_text(path, column, kind))
-            for batch in file.iter_batches(1_000, columns=[column]):
-                yield from batch.column(0).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a readable Parquet file ({error})") from error
+    with as_user_error(f"{path}: not a readable Parquet file"), ParquetFile(path) as file:
+        names, kinds = file.schema_arrow.names, file.schema_arrow.types
+        _check_columns(path, column, names)
+        kind = kinds[names.index(column)]
+        is_coded = types.is_dictionary(kind)
+        kind = kind.value_type if is_coded else kind
+        if not (types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)):
+            raise UserError(not_text(path, column, kind))
+        for batch in file.iter_batches(1_000, columns=[column]):  # "a.b" is also the b of every structure a
+            cells = batch.column(batch.schema.names.index(column))
+            try:
+                yield from (cells.dictionary_decode() if is_coded else cells).to_pylist()
+            except UnicodeDecodeError as error:
+                raise UserError(f"{path}: column '{column}' is not UTF-8 text ({error}); convert it") from None
 
 
 READERS = {

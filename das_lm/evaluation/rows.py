@@ -23,6 +23,8 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     Raises:
         UserError: the file cannot be read, or a line is broken; with the line.
     """
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: is no file; write its content to one")
     read = _csv_rows if path.suffix == ".csv" else _json_rows
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:

@@ -10,6 +10,8 @@ import types
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from das_lm.cli import main
@@ -407,6 +409,74 @@ def test_bad_parquet_columns(tmp_path):
         Domain("d", "a.parquet", column="n").load()
 
 
+def parquet_of(texts):
+    pq.write_table(pa.table({"text": texts}), "a.parquet")
+
+
+@pytest.mark.parametrize("kind", ["string", "large_string", "string_view", "dictionary"])
+def test_every_way_in_which_parquet_holds_text(kind):
+    texts = [f"The document with the number {number}." for number in range(6)]
+    parquet_of(pa.array(texts).dictionary_encode() if kind == "dictionary" else pa.array(texts, getattr(pa, kind)()))
+    loaded = Domain("d", "a.parquet").load()
+    assert sorted([*loaded.train["text"], *loaded.held_out["text"]]) == texts
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_column_with_a_dot_is_no_structure(streaming):
+    texts = [f"The document with the number {number}." for number in range(6)]
+    others = pa.array([{"b": "This is the text of a structure."}] * 6)
+    pq.write_table(pa.table({"a": others, "a.b": texts}), "a.parquet")
+    loaded = Domain("d", "a.parquet", column="a.b", held_out=0.5, streaming=streaming).load()
+    train = [row["text"] for row in loaded.train]
+    assert sorted([*train, *loaded.held_out["text"]]) == texts and train
+
+
+def test_text_that_is_not_utf_8_and_columns_of_one_name_are_told():
+    cells = pa.array([b"\xff is no text"] * 4)
+    parquet_of(pa.Array.from_buffers(pa.string(), 4, cells.buffers()))
+    with pytest.raises(UserError, match="a.parquet: column 'text' is not UTF-8 text"):
+        Domain("d", "a.parquet").load()
+    pq.write_table(pa.Table.from_arrays([pa.array(["x"]), pa.array(["y"])], names=["text", "text"]), "b.parquet")
+    with pytest.raises(UserError, match="b.parquet: 2 columns are called 'text'"):
+        Domain("d", "b.parquet").load()
+    Path("b.csv").write_text("text,text\nx,y\n")
+    with pytest.raises(UserError, match="b.csv:1: 2 columns are called 'text'"):
+        Domain("d", "b.csv").load()
+    parquet_of(pa.array([1, 2]).dictionary_encode())
+    with pytest.raises(UserError, match="a.parquet: column 'text' holds int64, not text"):
+        Domain("d", "a.parquet").load()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["b.txt", "b.parquet", "b.csv.gz"])
+def test_what_is_no_file_is_told_and_not_waited_for(tmp_path, name, streaming):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "a.txt").write_text("The first document of several.\nThe second document of several.\n")
+    path = folder / name
+    for make, what in (
+        (lambda: path.symlink_to("nowhere"), "a link that leads to no file"),
+        (lambda: path.symlink_to(name), "a link that leads to no file"),
+        (lambda: os.mkfifo(path), "a pipe or a device"),
+    ):
+        make()
+        for pattern in (f"{folder}/*", str(path)):
+            with pytest.raises(UserError, match=f"{name}' is {what}"):
+                Domain("d", pattern, streaming=streaming).load()
+        path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(UserError, match="is a pipe or a device"):
+        Domain("d", str(folder / "a.txt"), held_out=str(path)).load()
+
+
+def test_links_that_lead_round_in_a_circle_read_no_file_twice(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a.txt").write_text("The first document of several.\nThe second document of several.\n")
+    (tmp_path / "folder" / "self").symlink_to(".")
+    loaded = Domain("d", f"{tmp_path}/folder/**/*.txt").load()
+    assert len(loaded.train) == len(loaded.held_out) == 1 and loaded.warnings == []
+
+
 def test_directory(tmp_path):
     (tmp_path / "here" / "papers").mkdir()
     with pytest.raises(UserError, match=r"'papers' is a directory; name its files, for example 'papers/\*\.txt'"):
@@ -432,6 +502,8 @@ def test_directory(tmp_path):
         ({"config": "en"}, "config: is for hub data sets only"),
         ({"split": "test"}, "split: is for hub data sets only"),
         ({"max_documents": 0}, "max_documents: 0 must be at least 1"),
+        ({"max_documents": 10**25}, "max_documents: 1e+25 is more than can be counted"),
+        ({"shuffle_buffer": 10**25}, "shuffle_buffer: 1e+25 is more than can be counted"),
         ({"min_characters": 0}, "min_characters: 0 must be at least 1"),
         (
             {"held_out": 0},

@@ -351,7 +351,7 @@ def recipes() -> dict[str, Path]:
 
 def describe_recipes() -> dict[str, str]:
     """Name -> description of the recipes that can be named."""
-    return {name: str(_read_yaml(path)[0].get("description", "")) for name, path in sorted(recipes().items())}
+    return {name: str(read_yaml(path)[0].get("description", "")) for name, path in sorted(recipes().items())}
 
 
 def find_recipe(name_or_path: str | Path) -> Path:
@@ -395,7 +395,7 @@ def load_recipe(
         UserError: All that is wrong, one line each: file, line, key, and what to write instead.
     """
     path = find_recipe(name_or_path)
-    data, places = _read_yaml(path)
+    data, places = read_yaml(path)
     problems = [
         ((*at, "training", key), "a recipe is no place for a secret; leave it out, and log in with `hf auth login`")
         for at, entry in _with_training(data)
@@ -439,7 +439,7 @@ def _with_training(data: dict[str, Any]) -> Iterator[tuple[KeyPath, dict[str, An
             yield at, entry
 
 
-def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, str]]:
+def read_yaml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, str]]:
     """The data of a YAML file, and where each of its keys stands."""
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -484,7 +484,10 @@ def _find_places(node: yaml.Node, at: KeyPath, path: Path, places: dict[KeyPath,
             _find_places(child, (*at, index), path, places)
     elif isinstance(node, yaml.MappingNode):
         for key, child in node.value:
-            here, place = (*at, str(key.value)), f"{path}:{key.start_mark.line + 1}"
+            place = f"{path}:{key.start_mark.line + 1}"
+            if not isinstance(key, yaml.ScalarNode):
+                raise UserError(f"{place}: broken YAML: a list or a mapping cannot be a key; a key is a word")
+            here = (*at, key.value)
             if here in places:
                 raise UserError(f"{place}: {key_path(here)}: the key stands there twice, first at {places[here]}")
             places[here] = place

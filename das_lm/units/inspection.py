@@ -168,13 +168,10 @@ def load_entry(path: str) -> Architecture:
     Raises:
         UserError: no such file, no YAML, or no entry.
     """
-    import yaml
+    from das_lm.recipe import read_yaml
 
-    try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"--entry {path}: cannot be read: {one_line(error)}") from None
-    data = data.get("units", data) if isinstance(data, dict) else data
+    data, _ = read_yaml(Path(path))
+    data = data.get("units", data)
     if not isinstance(data, dict):
         raise UserError(f"--entry {path}: expected a mapping with layers, attention_in, …, or one under 'units'")
     return Architecture.from_dict(data)

@@ -186,6 +186,9 @@ def test_odd_yaml(world, line):
 
 
 PRINT, RESUME = "pretrain --print_recipe --recipe", "pretrain --recipe recipe.yaml --output_dir bad --resume"
+#: A key in which aliases stand for 9⁸ words, and what a merge of mappings makes of as many.
+BOMB = "".join(f", ? &{new} [{','.join([f'*{old}'] * 9)}] : 1" for old, new in zip("abcdefg", "bcdefgh", strict=True))
+MERGED = "".join(f"{n}: &{n} {{<<: [{','.join([f'*{o}'] * 9)}]}}\n" for o, n in zip("abcdefg", "bcdefgh", strict=True))
 FOUND = [  # (file of the world, its new content; command; part of the message)
     (None, "", f"{PRINT} recipe.yaml --gradient_checkpointing_kwargs ,", "is no mapping"),
     (None, "", f"{PRINT} recipe.yaml --num_train_epochs inf", "--num_train_epochs: expected a number"),
@@ -193,6 +196,8 @@ FOUND = [  # (file of the world, its new content; command; part of the message)
     (None, "", f"{PRINT} recipe.yaml --output_dir \udcff", "is not UTF-8 text"),
     ("r.yaml", 'description: "\\ud800"', f"{PRINT} r.yaml", "half of a surrogate pair"),
     ("r.yaml", 'output_dir: "a\\0b"', f"{PRINT} r.yaml", "r.yaml:1: output_dir: holds NUL"),
+    ("r.yaml", f"x: {{? &a [x] : 1{BOMB}}}", f"{PRINT} r.yaml", "a list or a mapping cannot be a key"),
+    ("r.yaml", f"a: &a {{x: 1}}\n{MERGED}", "units gpt2 --entry r.yaml", "more than 10,000 keys"),
     ("r.yaml", "training: {hub_token: x}", f"{PRINT} r.yaml", "no place for a secret"),
     ("data.csv", "x" * 100_000, "check-data recipe.yaml --domain x=data.csv", "no column 'text'"),
     ("bad/recipe.yaml", "a: [", RESUME, "broken YAML"),

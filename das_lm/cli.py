@@ -7,6 +7,7 @@ import codecs
 import dataclasses
 import json
 import os
+import re
 import signal
 import sys
 import typing
@@ -292,6 +293,9 @@ class SearchOptions:
     recipe: str | None = dataclasses.field(
         default=None, metadata={"help": "Name of a recipe (see 'das-lm recipes') or path of a .yaml file."}
     )
+    trust_remote_code: bool = dataclasses.field(
+        default=False, metadata={"help": "Run the code that comes with the recipe's model of the hub."}
+    )
     method: str | None = dataclasses.field(default=None, metadata={"help": "A penalty (default: ewc)."})
     low: list[float] | None = dataclasses.field(
         default=None, metadata={"help": "Lower end of the first bracket, or two to draw it from (default: 0)."}
@@ -368,10 +372,12 @@ def search_lambda(arguments: list[str]) -> None:
     search = searching.Search(**settings)
     training = {key: options.pop(key) for key in list(options) if key not in ours}
     resume, overwrite = (options.pop(key, False) for key in ("resume", "overwrite_output_dir"))
-    method = options.pop("method", "ewc")
+    method, trusts = options.pop("method", "ewc"), options.pop("trust_remote_code", False)
     name, output = options.get("experiment") or options["recipe"], options.pop("output_dir", None)
     output = output or os.path.join("output", "search", f"{os.path.splitext(os.path.basename(name))[0]}-{method}")
     if "experiment" in options:
+        if trusts:
+            raise UserError("--trust_remote_code goes with --recipe; an experiment has models of its own")
         import torch
 
         torch.set_num_threads(1)  # models as small as these are slower with more
@@ -384,7 +390,7 @@ def search_lambda(arguments: list[str]) -> None:
         if options:
             raise UserError(f"--{next(iter(options))} goes with --experiment; what a recipe learns stands in it")
         searching.check_method(method)
-        recipe = load_recipe(name, {"method": method, "training": training})
+        recipe = load_recipe(name, {"method": method, "training": training, "trust_remote_code": trusts})
         about = {"recipe": recipe.to_yaml(), "method": method}
         objective = searching.recipe_objective(recipe, method, os.path.join(output, "runs"))
     searching.search_lambda(search, objective, output, about, resume=resume, overwrite=overwrite)
@@ -557,10 +563,11 @@ def evaluate(arguments: list[str]) -> None:
         options.get("pseudo_perplexity", 0),
     )
     domains, output = options.get("domain", []), options.get("output_dir")
+    trusts = options.get("trust_remote_code", False)
     if run is not None:
-        evaluate_run(run, domains, probes, output, training)
+        evaluate_run(run, domains, probes, output, training, trusts)
     else:
-        evaluate_checkpoints(checkpoints, domains, output, probes, training, options.get("trust_remote_code", False))
+        evaluate_checkpoints(checkpoints, domains, output, probes, training, trusts)
 
 
 def _pairs(option: str, specs: list[str]) -> dict[str, str]:
@@ -626,7 +633,7 @@ def check_data(arguments: list[str]) -> int:
     from das_lm.terminal import Console
 
     given = {key: options[key] for key in ("domain", "measure", "text_column") if options[key]}
-    recipe = load_recipe(options["recipe"], given, check_device=False)
+    recipe = load_recipe(options["recipe"], {**given, "trust_remote_code": False}, check_device=False)
     leakage = check(recipe, options["n"], dict(spec.split("=", 1) for spec in options["end_task"]))
     console = Console(highlight=False)
     console.print(*leakage.tables(), sep="\n")
@@ -647,6 +654,9 @@ class _OneLineErrors(argparse.ArgumentParser):
         namespace, unknown = self.parse_known_args(arguments)
         if unknown:
             word = unknown[0].partition("=")[0]
+            secret = next((one.partition("=")[0] for one in arguments if re.match(r"--\w*token\b", one)), None)
+            if secret and not re.fullmatch(r"--\w+", word):  # it may be the secret
+                raise UserError(f"a word belongs to no option; write {secret} TOKEN, one word each, and no more")
             if not word.startswith("-"):
                 raise UserError(f"unexpected argument '{word}'; see {self.prog} --help")
             near = did_you_mean(word, self._option_string_actions)
@@ -753,9 +763,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         for word in argv:
             if "\0" in word or word != word.encode("utf-8", "replace").decode("utf-8"):
-                raise UserError(
-                    f"the argument {ascii(word)} is not UTF-8 text; rename the file, or write it otherwise"
-                )
+                shown = "an argument" if any("token" in one for one in argv) else f"the argument {ascii(word)}"
+                raise UserError(f"{shown} is not UTF-8 text; rename the file, or write it otherwise")
         if not argv or argv[0] in ("-h", "--help"):
             commands = "\n".join(f"  {name:14} {command.__doc__}" for name, command in COMMANDS.items())
             print(DESCRIPTION.format(commands=commands), end="")

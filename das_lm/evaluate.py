@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from das_lm.adapters import base_of
 from das_lm.cpu import use_all_cores
 from das_lm.data.blocks import HeldOutWindows, SingleMasks
-from das_lm.data.domains import Domain
+from das_lm.data.domains import Domain, text_fingerprint
 from das_lm.errors import UserError
 from das_lm.evaluation.cache import DIRECTORY as CACHE_NAME
 from das_lm.evaluation.cache import Cache, fingerprint, model_fingerprint
@@ -29,7 +29,7 @@ from das_lm.evaluation.held_out import HeldOut
 from das_lm.evaluation.probes import Questions, cloze_accuracy, load_questions
 from das_lm.files import broken_file
 from das_lm.loading import is_causal, load_model, load_tokenizer, model_path
-from das_lm.pretrain import claimed, held_out_windows, machine_facts, measuring_trainer
+from das_lm.pretrain import check_text, claimed, held_out_windows, machine_facts, measuring_trainer
 from das_lm.recipe import Recipe, load_recipe
 from das_lm.run_directory import RECIPE_NAME, stages_of
 from das_lm.terminal import Console
@@ -67,6 +67,7 @@ def evaluate_run(
     probes: Probes | None = None,
     output_dir: str | Path | None = None,
     training: Mapping[str, Any] | None = None,
+    trust_remote_code: bool = False,
 ) -> Results:
     """
     Measure the stages of a finished run of `das-lm pretrain` further, and write all into its `forgetting.json`.
@@ -77,6 +78,7 @@ def evaluate_run(
         probes: what else to measure.
         output_dir: write `forgetting.json` and the cache there instead.
         training: fields of [`DASConfig`] that change no result: [`SPEED`].
+        trust_remote_code: run the code that comes with a model of the hub.
 
     Raises:
         UserError: no run, one that is not finished or has lost its checkpoints, or bad input.
@@ -89,12 +91,12 @@ def evaluate_run(
         raise UserError(f"--run {run}: holds no run of das-lm pretrain; name its output directory")
     output = Path(output_dir or run)
     with claimed(output):
-        return _evaluate_run(run, measure, probes or Probes(), output, training)
+        overrides = {"training": {**(training or {}), **QUIET}, "trust_remote_code": trust_remote_code}
+        recipe = load_recipe(run / RECIPE_NAME, {**overrides, "measure": list(measure)})
+        return _evaluate_run(run, recipe, measure, probes or Probes(), output)
 
 
-def _evaluate_run(run: Path, measure: Sequence[str], probes: Probes, output: Path, training: Any) -> Results:
-    overrides = {"training": {**(training or {}), **QUIET}, **({"measure": list(measure)} if measure else {})}
-    recipe = load_recipe(run / RECIPE_NAME, overrides)
+def _evaluate_run(run: Path, recipe: Recipe, measure: Sequence[str], probes: Probes, output: Path) -> Results:
     results, stages = Results.load(run), stages_of(recipe, run)
     if not output.samefile(run):
         _check_not_anothers(output, results)
@@ -109,6 +111,9 @@ def _evaluate_run(run: Path, measure: Sequence[str], probes: Probes, output: Pat
             raise UserError(f"--run {run}: the checkpoint {stage.directory} is not there or not whole: {broken}")
     text = {domain.name: domain.load(measure_only=True).held_out for domain in recipe.measure}
     text |= {domain.name: domain.load().held_out for domain in recipe.domains}
+    given = [spec.partition("=")[0] for spec in measure if "=" in spec]
+    now = {name: {"held-out": text_fingerprint(one)} for name, one in text.items() if name not in given}
+    check_text(results.run, {"text": now}, f"--run {run}")
     order = {**results.domains, **dict.fromkeys(text)}
     results.domains = {name: results.domains.get(name) for name in order if name in text}
     paths = [model_path(recipe), *(str(stage.directory) for stage in stages)]

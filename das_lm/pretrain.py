@@ -232,7 +232,7 @@ def _walk(
     earlier = None
     if (output / RESULTS_NAME).is_file() and not overwrite:
         earlier = Results.load(output)
-        _check_text(earlier.run, results.run)
+        check_text(earlier.run, results.run, "--resume")
         results.stages, results.run["warnings"] = earlier.stages, earlier.run["warnings"]
     elif state.is_main_process:
         for name, warning in find_leakage(text).warnings():
@@ -535,8 +535,8 @@ def _facts(recipe: Recipe, text: dict[str, Documents], args: Any) -> dict[str, A
     }
 
 
-def _check_text(before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Whether a run goes on with the text that it began with."""
+def check_text(before: dict[str, Any], now: dict[str, Any], option: str) -> None:
+    """Whether a run goes on with the text that it began with: the facts of both, and the option that asks for it."""
     for name, parts in now["text"].items():
         for part, digest in parts.items():
             then: Any = before
@@ -544,8 +544,8 @@ def _check_text(before: dict[str, Any], now: dict[str, Any]) -> None:
                 then = then.get(key) if isinstance(then, dict) else None
             if then not in (None, digest):
                 raise UserError(
-                    f"--resume: the {part} text of domain '{name}' is not what the run began with: put it back, or "
-                    "give another --output_dir to start a new run"
+                    f"{option}: the {part} text of domain '{name}' is not what the run began with; put it back, or "
+                    "start a new run"
                 )
 
 

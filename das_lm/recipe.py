@@ -31,6 +31,7 @@ KeyPath = tuple[str | int, ...]
 #: Keys of a recipe file; a few aliases of aliases stand for billions.
 MOST_KEYS = 10_000
 
+NO_SECRET = "a recipe is no place for a secret; leave it out, and log in with `hf auth login`"
 #: Training arguments that have another place.
 ELSEWHERE = {
     "output_dir": "belongs to the top level of the recipe",
@@ -53,7 +54,8 @@ class Recipe:
         schedule: Domain after domain (`"sequential"`), their epochs in turns (`"alternating"`), or mixed in every
             batch (`"interleaved"`). Methods that consolidate when a domain ends need the first.
         training: Training arguments, any field of [`DASConfig`]; a domain may override them in its own `training`.
-        trust_remote_code: Run the code that comes with a model of the hub.
+        trust_remote_code: Run the code that comes with a model of the hub. A recipe file cannot say so; the command
+            line can.
         attn_implementation: Attention of the model, as `from_pretrained` takes it.
         units: Where the units of an architecture are that the package does not know.
         peft: Train LoRA adapters instead of all weights: arguments of PEFT's `LoraConfig`; `adapters`, what becomes of
@@ -226,7 +228,8 @@ class Recipe:
             )
 
     def to_yaml(self) -> str:
-        """The recipe as a file that [`load_recipe`] reads back to an equal one, without secrets like `hub_token`."""
+        """The recipe as a file that [`load_recipe`] reads back to an equal one, without what no file may hold: secrets
+        like `hub_token`, and `trust_remote_code`."""
         adapter = TypeAdapter(Recipe)
         recipe = adapter.dump_python(self, mode="json")
         explicit = adapter.dump_python(self, mode="json", exclude_defaults=True)
@@ -235,6 +238,7 @@ class Recipe:
         for entry in (recipe, *recipe["domains"]):
             if "training" in entry:
                 entry["training"] = {k: v for k, v in entry["training"].items() if not k.endswith("token")}
+        recipe.pop("trust_remote_code")
         recipe = {"description": recipe.pop("description"), **recipe}
         recipe = {key: value for key, value in recipe.items() if value not in (None, "", [], {})}
         return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=120)
@@ -255,6 +259,15 @@ def _check_names(domains: list[Domain], others: list[Domain]) -> None:
 # Training arguments
 
 
+def secrets_in(data: Any, at: KeyPath = ()) -> Iterator[KeyPath]:
+    """Where keys of secrets stand: `hub_token` and its like."""
+    entries = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    for key, value in entries:
+        if str(key).endswith("token"):
+            yield (*at, key)
+        yield from secrets_in(value, (*at, key))
+
+
 @functools.cache
 def _training_hints() -> dict[str, Any]:
     from das_lm.config import DASConfig
@@ -266,6 +279,7 @@ def _training_hints() -> dict[str, Any]:
 def check_training(training: dict[str, Any], at: KeyPath) -> tuple[dict[str, Any], list[tuple[KeyPath, str]]]:
     """Convert training arguments to the types of [`DASConfig`]'s fields; (path, message) of those that do not fit."""
     problems = [((*at, key), ELSEWHERE[key]) for key in training if key in ELSEWHERE]
+    problems += [((*at, *path), NO_SECRET) for path in secrets_in(training) if len(path) > 1]
     converted, wrong = _converted({k: v for k, v in training.items() if k not in ELSEWHERE}, _training_hints(), at)
     measures = converted.get("eval_strategy", "no") != "no"
     without_effect = {
@@ -396,12 +410,10 @@ def load_recipe(
     """
     path = find_recipe(name_or_path)
     data, places = read_yaml(path)
-    problems = [
-        ((*at, "training", key), "a recipe is no place for a secret; leave it out, and log in with `hf auth login`")
-        for at, entry in _with_training(data)
-        for key in entry["training"]
-        if str(key).endswith("token")
-    ]
+    problems = [(at, NO_SECRET) for at in secrets_in(data)]
+    key = "trust_remote_code"
+    if data.get(key, False) is not False and key not in (overrides or {}):
+        problems.append(((key,), f"a file cannot let code run; leave it out, and give --{key} on the command line"))
     if problems:
         raise UserError("\n".join(_tell(at, message, places) for at, message in problems))
     _override(data, places, overrides or {})

@@ -118,7 +118,8 @@ def check_output(output: Path, recipe: Recipe, resume: bool, overwrite: bool) ->
     if resume:
         from das_lm.recipe import load_recipe
 
-        before = load_recipe(output / RECIPE_NAME, check_device=False)  # as it was written, or a message
+        trusts = {"trust_remote_code": recipe.trust_remote_code}
+        before = load_recipe(output / RECIPE_NAME, trusts, check_device=False)  # as it was written, or a message
         before = _without_batch(yaml.safe_load(before.to_yaml()))
         now = _without_batch(yaml.safe_load(recipe.to_yaml()))
         for key in {**before, **now}:

@@ -39,6 +39,8 @@ def parse_entry(entry: str) -> list[tuple[list[str], dict[str, str]]]:
         UserError: it is not written so.
     """
     names, _, settings = entry.partition(":")
+    if secret := re.search(r"\w*token\b", settings):  # not a word of the entry, which holds it
+        raise UserError(f"--sweep: {secret[0]}: a sweep is no place for a secret; log in with `hf auth login`")
     methods = [[one.strip() for one in name.split("+")] for name in names.split(",")]
     values: dict[str, list[str]] = {}
     for setting in settings.split():

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMaskedLM
 
 from das_lm import evaluate as module
@@ -212,6 +214,20 @@ def test_a_checkpoint_that_is_gone_or_has_no_tokenizer_is_named(run, world, tmp_
     assert "tokenizer" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+def test_the_results_of_another_run_stay(run, world, tmp_path, capsys):  # noqa: F811
+    """Also where they are all that is left of it."""
+    other = tmp_path / "other"
+    other.mkdir()
+    data = _read(run)
+    data["run"]["recipe"]["method"] = ["ewc"]
+    (other / FILE_NAME).write_text(json.dumps(data))
+    options = [["--run", str(run)], ["--checkpoint", f"base={run}/2-cs", "--domain", f"old={world}/old.txt"]]
+    for given in options:
+        assert main(["evaluate", *given, "--output_dir", str(other)]) == 2
+        assert f"{other} holds the results of another run" in capsys.readouterr().err
+    assert _read(other) == data and len(list(other.iterdir())) == 1
+
+
 def test_results_of_a_newer_release_are_refused(run, capsys):
     data = _read(run)
     (run / FILE_NAME).write_text(json.dumps({**data, "version": 99}))
@@ -219,10 +235,28 @@ def test_results_of_a_newer_release_are_refused(run, capsys):
     assert "has version 99" in capsys.readouterr().err
 
 
-def test_a_broken_file_of_the_cache_is_measured_again(run):
-    before = _read(run)
-    for path in (run / "measured").iterdir():
-        path.write_bytes(path.read_bytes()[:50])
+def _rewrite(path, change=lambda values: values, facts=None):
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = {name: change(values) for name, values in load_file(path).items()}
+    save_file(tensors, path, metadata | ({"facts": facts} if facts else {}))
+
+
+BROKEN = {
+    "cut": lambda path, _: path.write_bytes(path.read_bytes()[:50]),
+    "halved": lambda path, _: _rewrite(path, lambda values: values[: len(values) // 2].clone()),
+    "wrong": lambda path, _: _rewrite(path, lambda values: values * 2),
+    "deep": lambda path, _: _rewrite(path, facts="[" * 100_000),
+    "of another": lambda path, other: path.write_bytes(other),
+}
+
+
+@pytest.mark.parametrize("damage", BROKEN)
+def test_a_broken_file_of_the_cache_is_measured_again(run, damage):
+    before, paths = _read(run), sorted((run / "measured").iterdir())
+    others = [path.read_bytes() for path in (*paths[1:], paths[0])]
+    for path, other in zip(paths, others, strict=True):
+        BROKEN[damage](path, other)
     assert main(["evaluate", "--run", str(run)]) == 0
     assert _read(run) == before
 

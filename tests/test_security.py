@@ -14,7 +14,10 @@ import pytest
 import torch
 import transformers
 from packaging.requirements import Requirement
+from peft import LoraConfig
 
+from das_lm import DASConfig
+from das_lm.adapters import with_adapter
 from das_lm.classic.benchmark import benchmark
 from das_lm.cli import main
 from das_lm.data.domains import Domain
@@ -25,6 +28,7 @@ from das_lm.files import seal
 from das_lm.recipe import load_recipe
 from das_lm.sweep import plan
 from das_lm.trainer import ContinualTrainer
+from tests.conftest import build_tokenizer, random_blocks, tiny_roberta
 from tests.fuzz.harness import Begun, nothing_trains
 from tests.test_pretrain import _run, world  # noqa: F401 (world is a fixture)
 
@@ -136,7 +140,14 @@ def test_a_token_is_written_nowhere(finished, world, tmp_path, capfd, monkeypatc
 
 
 @pytest.mark.parametrize(
-    "at", ["training: {hub_token: TOKEN}", "measure: [{name: general, training: {hub_token: TOKEN}}]"]
+    "at",
+    [
+        "training: {hub_token: TOKEN}",
+        "measure: [{name: general, training: {hub_token: TOKEN}}]",
+        "training: {lr_scheduler_kwargs: {hub_token: TOKEN}}",
+        "units: {a: [{api_token: TOKEN}]}",
+        "token: TOKEN",
+    ],
 )
 def test_a_recipe_file_is_no_place_for_a_token(tmp_path, at):
     path = tmp_path / "recipe.yaml"
@@ -144,10 +155,49 @@ def test_a_recipe_file_is_no_place_for_a_token(tmp_path, at):
         f"model_name_or_path: built-in\noutput_dir: x\ndomains: [{{name: bio}}]\n{at.replace('TOKEN', SECRET)}"
     )
     with pytest.raises(
-        UserError, match="recipe.yaml:4: .*hub_token: a recipe is no place for a secret; .*hf auth login"
+        UserError, match="recipe.yaml:4: .*token: a recipe is no place for a secret; .*hf auth login"
     ) as told:
         load_recipe(path)
     assert SECRET not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [f"naive: hub_token={SECRET}", f"naive: hub_token = {SECRET}", f"naive: learning_rate=1e-4 x_token={SECRET}"],
+)
+def test_a_sweep_is_no_place_for_a_token(world, tmp_path, entry, capsys):  # noqa: F811
+    given = ["--recipe", str(world / "recipe.yaml"), "--sweep", entry, "--output_dir", str(tmp_path / "out")]
+    assert main(["sweep", *given]) == 2
+    error = capsys.readouterr().err
+    assert "token: a sweep is no place for a secret" in error and SECRET not in error
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--hub_token=", SECRET],
+        ["--hub_token", "x", SECRET],
+        [f"--hub_token={SECRET}\0"],
+    ],
+)
+def test_a_token_in_the_wrong_place_is_not_repeated(world, words, capsys):  # noqa: F811
+    assert main(["pretrain", "--recipe", str(world / "recipe.yaml"), *words]) == 2
+    error = capsys.readouterr().err
+    assert SECRET not in error and ("write --hub_token TOKEN" in error or "not UTF-8" in error)
+
+
+def test_no_file_holds_the_token_at_any_moment(tmp_path, monkeypatch):
+    """Whatever is written and removed again stays here."""
+    args = DASConfig(
+        tmp_path, max_length=12, max_steps=2, save_steps=1, use_cpu=True, report_to="none", hub_token=SECRET
+    )
+    model = with_adapter(tiny_roberta(), LoraConfig(r=2), 0)
+    monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)
+    trainer = ContinualTrainer(model, args, train_dataset=random_blocks(40), processing_class=build_tokenizer())
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    _assert_no_token(tmp_path)
 
 
 def test_small_models_take_no_token(tmp_path):
@@ -235,6 +285,31 @@ def test_code_beside_a_model_is_not_run(world, tmp_path, model_type, monkeypatch
         measured = ["--output_dir", str(tmp_path / "measured"), "--domain", f"bio={world}/bio.txt"]
         assert main(["evaluate", "--checkpoint", f"base={model}", *measured]) == 2
     assert not trap.exists()
+
+
+def test_a_file_cannot_let_code_run(world, finished, tmp_path, capsys):  # noqa: F811
+    """Neither a recipe nor that of a run; what the command line allowed is not kept for another."""
+    key = "trust_remote_code: true\n"
+    (tmp_path / "recipe.yaml").write_text((world / "recipe.yaml").read_text() + key)
+    with pytest.raises(
+        UserError, match="trust_remote_code: a file cannot let code run; leave it out, and give --trust"
+    ):
+        load_recipe(tmp_path / "recipe.yaml")
+    trusting = load_recipe(tmp_path / "recipe.yaml", {"trust_remote_code": True})
+    assert trusting.trust_remote_code and "trust_remote_code" not in trusting.to_yaml()
+
+    run, trap = shutil.copytree(finished[0], tmp_path / "run"), tmp_path / "executed"
+    (run / "1-bio" / "evil.py").write_text(f"import os\nos.mkdir({str(trap)!r})\nraise ImportError")
+    settings = json.loads((run / "1-bio" / "config.json").read_text())
+    settings |= {"auto_map": {"AutoConfig": "evil.Config", "AutoModelForMaskedLM": "evil.Model"}, "model_type": "evil"}
+    (run / "1-bio" / "config.json").write_text(json.dumps(settings))
+    seal(run / "1-bio")
+    (run / "recipe.yaml").write_text((run / "recipe.yaml").read_text() + key)
+    assert main(["evaluate", "--run", str(run)]) == 2
+    assert "1-bio" in capsys.readouterr().err and not trap.exists()
+    with contextlib.suppress(Exception):
+        main(["evaluate", "--run", str(run), "--trust_remote_code"])
+    assert trap.exists()  # the trap works
 
 
 def test_a_recipe_runs_no_code(tmp_path):

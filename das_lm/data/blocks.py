@@ -274,9 +274,12 @@ class HeldOutWindows(Dataset):
 
     @cached_property
     def fingerprint(self) -> str:
-        """The same for the same windows and masks."""
-        ids = [np.asarray(row, dtype=np.int64).tobytes() for row in self.windows.with_format(None)["input_ids"]]
-        content = hashlib.blake2b(b"|".join(ids), digest_size=16).hexdigest()
+        """The same for the same windows, bytes of text and masks."""
+        columns = [
+            self.windows.with_format(None)[name] for name in ("input_ids", "bytes") if name in self.windows.features
+        ]
+        rows = [np.asarray(row, dtype=np.int64).tobytes() for column in columns for row in column]
+        content = hashlib.blake2b(b"|".join(rows), digest_size=16).hexdigest()
         about = (*self.masking.address, self.seed)
         return f"{addressed_seed(content, list(self.windows['document']), *about):016x}"
 

@@ -48,8 +48,8 @@ def model_fingerprint(model: nn.Module) -> str:
 
 class Cache:
     """
-    A directory with one safetensors file per measurement: tensors, and facts as JSON. A file that cannot be read is as
-    good as none.
+    A directory with one safetensors file per measurement: tensors, facts as JSON, and a hash of both and of the key. A
+    file that is not as it was written, or stands under another name, is as good as none.
 
     Args:
         directory: made with the first measurement.
@@ -64,16 +64,26 @@ class Cache:
 
         try:
             with safe_open(self.directory / f"{key}.safetensors", framework="pt") as file:
-                facts = json.loads((file.metadata() or {})["facts"])
-                return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118 (not a dict)
-        except (OSError, SafetensorError, ValueError, KeyError):
-            return None
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            if metadata["hash"] == self._hash(key, tensors, metadata["facts"]):
+                return tensors, json.loads(metadata["facts"])
+        except (OSError, SafetensorError, KeyError):
+            pass
+        return None
 
     def put(self, key: str, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
         """Keep a measurement."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        metadata = {"format": "das_lm.measured", "version": "1", "facts": json.dumps(facts)}
-        write_tensors(self.directory / f"{key}.safetensors", tensors, metadata)
+        written = json.dumps(facts)
+        metadata = {"format": "das_lm.measured", "version": "2", "facts": written}
+        write_tensors(
+            self.directory / f"{key}.safetensors", tensors, {**metadata, "hash": self._hash(key, tensors, written)}
+        )
+
+    @staticmethod
+    def _hash(key: str, tensors: Mapping[str, torch.Tensor], facts: str) -> str:
+        return fingerprint(key, facts, *chain.from_iterable(sorted(tensors.items())))
 
     def held_out(self, key: str) -> HeldOut | None:
         """A measurement of held-out text, if it was made."""

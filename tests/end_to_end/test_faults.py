@@ -192,7 +192,14 @@ def test_a_run_goes_on_with_the_text_that_it_began_with(world, finished, tmp_pat
         os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
         assert _run(world, output, "--resume") == 2
         error = capsys.readouterr().err
-        assert f"text of domain '{name}' is not what the run began with: put it back" in error
+        assert "das-lm: error: --resume: the " in error
+        assert f"text of domain '{name}' is not what the run began with; put it back" in error
+        shutil.copytree(finished / "2-cs", output / "2-cs")
+        shutil.copy(finished / "forgetting.json", output)
+        if part == "held-out":
+            assert main(["evaluate", "--run", str(output)]) == 2
+            assert "the held-out text of domain" in capsys.readouterr().err
+        shutil.rmtree(output / "2-cs")
     finally:
         path.write_text(text)
     _finish(world, output, finished)

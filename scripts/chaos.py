@@ -2,10 +2,12 @@
 
 A small recipe (built-in text and model) runs once without interruption. Then the same run is killed (SIGKILL) in every
 phase: while it loads, measures, trains, passes over the blocks for importance, saves a checkpoint or a domain, goes
-from one domain to the next, and draws the report. It is resumed each time; when it ends, its weights, importance and
-result matrix must be those of the uninterrupted run, bit for bit, and the same files must be there. If kills are left
-over, the next run is their victim. After that, bad command lines of the fuzz test go through real processes: each must
-end in success, or with one message and status 2 and no file changed. The exit status is 1 if anything differs.
+from one domain to the next, and draws the report. Kills take turns with faults: a Ctrl-C that ends the reader of the
+output too instead of a SIGKILL; another text when the run is resumed, which must be refused; a clock that is set back;
+two resumes at once, of which one must be refused. When the run ends, its weights, importance and result matrix must be
+those of the uninterrupted run, bit for bit, and the same files must be there. If kills are left over, the next run is
+their victim. After that, bad command lines of the fuzz test go through real processes: each must end in success, or
+with one message and status 2 and no file changed. The exit status is 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -13,15 +15,18 @@ from __future__ import annotations
 import argparse
 import collections
 import itertools
+import json
 import os
 import random
 import re
+import select
 import shlex
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -29,6 +34,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 
+from das_lm.data.embedded import documents
 from das_lm.evaluation.forgetting import FILE_NAME as RESULTS_NAME
 from das_lm.evaluation.forgetting import Results
 from das_lm.files import MANIFEST, is_partial
@@ -49,6 +55,8 @@ PHASES = (
     "between domains",
     "report",
 )
+#: What happens beside a kill, in turns.
+FAULTS = ("reader gone", "data swapped", "clock set back", "two starts", "none")
 #: What a process says when a phase begins: lines, and progress bars with their labels.
 MARKS = {
     r"importance \([^\r\n]*?100%[^\r\n]*?\[": "training",  # or saving, as the directories tell
@@ -60,6 +68,7 @@ MARKS = {
 }
 MARK = re.compile("|".join(f"({mark})" for mark in MARKS))
 TIMEOUT = 3600  # seconds; a run takes about a minute of one core
+REFUSED = 2  # status
 
 
 class Victim:
@@ -81,12 +90,18 @@ class Victim:
             stderr=subprocess.STDOUT,
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},  # one thread: sums in one order
         )
+        self.is_listening = True
         self.reader = threading.Thread(target=self._read, daemon=True)
         self.reader.start()
 
     def _read(self) -> None:
         recent = ""
-        while chunk := os.read(self.process.stdout.fileno(), 65536).decode(errors="replace"):
+        while self.is_listening:
+            if not select.select([self.process.stdout], [], [], 0.1)[0]:
+                continue
+            chunk = os.read(self.process.stdout.fileno(), 65536).decode(errors="replace")
+            if not chunk:
+                break
             self.text.append(chunk)
             recent = (recent + chunk)[-1000:]
             for match in MARK.finditer(recent):
@@ -112,9 +127,30 @@ class Victim:
     def kill(self) -> str:
         """SIGKILL; returns the phase in which it came."""
         self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
-        self.reader.join()
+        self.wait()
         return self.phase  # nothing moves any more
+
+    def interrupt(self) -> str:
+        """Ctrl-C, which ends the reader of the output as well; returns the phase in which it came."""
+        phase = self.phase
+        self.is_listening = False
+        self.reader.join()
+        self.process.stdout.close()
+        self.process.send_signal(signal.SIGINT)
+        status = self.wait()
+        if status not in (128 + signal.SIGINT, -signal.SIGINT, 0):  # before it can hear, or at its very end
+            raise SystemExit(f"status {status} after Ctrl-C in {self.output}, {phase}:\n{self.said_last()}")
+        return phase
+
+    def wait(self) -> int:
+        """Its status, when it has said all."""
+        try:
+            status = self.process.wait(TIMEOUT)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise SystemExit(f"a run hangs in {self.output}:\n{self.said_last()}") from None
+        self.reader.join()
+        return status
 
     def phases(self) -> collections.abc.Iterator[str]:
         """The phase, again and again, until the process ends."""
@@ -125,7 +161,7 @@ class Victim:
             if time.monotonic() > deadline:
                 self.process.kill()
                 raise SystemExit(f"a run hangs in {self.output}:\n{self.said_last()}")
-        self.reader.join()
+        self.wait()
         if self.process.returncode != 0 and self.process.returncode != -signal.SIGKILL:
             raise SystemExit(f"status {self.process.returncode} in {self.output}:\n{self.said_last()}")
 
@@ -133,10 +169,42 @@ class Victim:
         return "".join(self.text)[-3000:]
 
 
-def run_whole(options: list[str], output: Path) -> dict[str, list[float]]:
+def start(options: list[str], output: Path, twice: bool = False) -> Victim:
+    """A run that begins or goes on; of two that start at once, the one that may."""
+    both = [Victim(options, output) for _ in range(1 + twice)]
+    while twice and all(one.process.poll() is None for one in both):
+        time.sleep(0.01)
+    for refused in [one for one in both if one.process.poll() is not None][:twice]:
+        if refused.wait() != REFUSED or "is in use by" not in refused.said_last():
+            raise SystemExit(f"two starts in {output}: both run, or none\n{refused.said_last()}")
+        both.remove(refused)
+    return both[0]
+
+
+def swap_text(options: list[str], output: Path, text: Path) -> list[str]:
+    """Resume a run with another text; what is wrong with how that ends. Nothing, if it has not read it yet."""
+    if not (output / RESULTS_NAME).exists():
+        return []
+    lines = text.read_bytes()
+    text.write_bytes(lines.replace(b"a", b"o", 1))
+    other = Victim(options, output)
+    status = other.wait()
+    text.write_bytes(lines)
+    is_refused = status == REFUSED and "is not what the run began with" in other.said_last()
+    return [] if is_refused else [f"{output.name}: other text is not refused\n{other.said_last()}"]
+
+
+def set_clock_back(output: Path) -> None:
+    """What was written is of tomorrow."""
+    tomorrow = time.time() + 24 * 3600
+    for path in output.rglob("*"):
+        os.utime(path, (tomorrow, tomorrow))
+
+
+def run_whole(options: list[str], output: Path, twice: bool = False) -> dict[str, list[float]]:
     """Run without interruption; returns the seconds of every phase, occurrence by occurrence."""
     spans, now, since = collections.defaultdict(list), None, 0.0
-    for phase in itertools.chain(Victim(options, output).phases(), [None]):
+    for phase in itertools.chain(start(options, output, twice).phases(), [None]):
         if phase != now:
             if now:
                 spans[now].append(time.monotonic() - since)
@@ -144,17 +212,25 @@ def run_whole(options: list[str], output: Path) -> dict[str, list[float]]:
     return spans
 
 
-def kill_once(options: list[str], output: Path, phase: str, occurrence: int, delay: float) -> str | None:
-    """Go on with a run, and kill it a moment after a phase has begun for the n-th time; returns the phase in which it
+def kill_once(
+    options: list[str],
+    output: Path,
+    phase: str,
+    occurrence: int,
+    delay: float,
+    twice: bool = False,
+    end: Callable[[Victim], str] = Victim.kill,
+) -> str | None:
+    """Go on with a run, and end it a moment after a phase has begun for the n-th time; returns the phase in which it
     died, or `None` if it came to its end before."""
-    victim, before, seen, deadline = Victim(options, output), None, 0, None
+    victim, before, seen, deadline = start(options, output, twice), None, 0, None
     for now in victim.phases():
         seen += now == phase != before
         before = now
         if deadline is None and seen == occurrence:
             deadline = time.monotonic() + delay
         if deadline is not None and time.monotonic() >= deadline:
-            return victim.kill()
+            return end(victim)
     return None
 
 
@@ -189,10 +265,10 @@ def differences(whole: Path, other: Path) -> list[str]:
     return found
 
 
-def finish(options: list[str], whole: Path, output: Path, console: Console) -> list[str]:
+def finish(options: list[str], whole: Path, output: Path, console: Console, twice: bool = False) -> list[str]:
     """Let a victim come to its end; what differs from the uninterrupted run."""
     if not (output / "report.html").exists():
-        run_whole(options, output)
+        run_whole(options, output, twice)
     found = [f"{output.name}: {difference}" for difference in differences(whole, output)]
     console.print(f"{output.name} has ended:", "other results" if found else "the same results, bit for bit")
     return found
@@ -237,7 +313,11 @@ def main() -> int:
     if options.output.exists():
         parser.error(f"{options.output} exists; name a new directory")
     draw, console = random.Random(options.seed), Console(highlight=False)
-    recipe = options.options or RECIPE
+    text, recipe = options.output / "bio.jsonl", options.options
+    options.output.mkdir(parents=True)
+    if not recipe:
+        text.write_text("".join(json.dumps({"text": one["text"]}) + "\n" for one in documents("bio", "train")))
+        recipe = [*RECIPE, "--domain", f"bio={text}", "cs=built-in"]
 
     started = time.monotonic()
     whole = options.output / "whole"
@@ -246,10 +326,10 @@ def main() -> int:
     console.print(*(f"  {phase}: {len(one)} × {sum(one) / len(one):.2f} s" for phase, one in spans.items()), sep="\n")
 
     # Every phase in turn, in a random order, until there were enough kills, and one at least in every phase.
-    table = Table("kill", "victim", "aimed at", "after", "died in", "goes on from", box=None)
+    table = Table("kill", "victim", "aimed at", "after", "died in", "goes on from", "fault", box=None)
     died_in: collections.Counter[str] = collections.Counter()
     wrong: list[str] = []
-    victims, kills, attempts = 1, 0, 0
+    victims, kills, attempts, twice = 1, 0, 0, False
     while (kills < options.kills or set(spans) - set(died_in)) and attempts < 3 * options.kills + 20:
         attempts += 1
         missing = sorted(set(spans) - set(died_in)) if kills >= options.kills else sorted(spans)
@@ -257,17 +337,24 @@ def main() -> int:
         occurrence = draw.randint(1, min(3, len(spans[phase])))
         delay = draw.uniform(0, spans[phase][occurrence - 1])
         output = options.output / f"victim-{victims}"
-        found = kill_once(recipe, output, phase, occurrence, delay)
+        fault = FAULTS[kills % len(FAULTS)]
+        end = Victim.interrupt if fault == "reader gone" else Victim.kill
+        found, twice = kill_once(recipe, output, phase, occurrence, delay, twice, end), False
         if found is None:
             wrong += finish(recipe, whole, output, console)
             victims += 1
             continue
         kills += 1
         died_in[found] += 1
-        row = [str(kills), str(victims), phase, f"{occurrence}. time + {delay:.2f} s", found, where(output)]
+        row = [str(kills), str(victims), phase, f"{occurrence}. time + {delay:.2f} s", found, where(output), fault]
         table.add_row(*row)
         console.print("killed:", "  ".join(row))
-    wrong += finish(recipe, whole, options.output / f"victim-{victims}", console)
+        if fault == "data swapped" and text.exists():
+            wrong += swap_text(recipe, output, text)
+        if fault == "clock set back":
+            set_clock_back(output)
+        twice = fault == "two starts"
+    wrong += finish(recipe, whole, options.output / f"victim-{victims}", console, twice)
     console.print(table)
     console.print(*(f"{phase}: {died_in[phase]} kills" for phase in PHASES), sep="\n")
     wrong += [f"no kill in phase '{phase}'" for phase in PHASES if not died_in[phase]]

@@ -13,24 +13,8 @@ from das_lm.units.sharding import local, named_parameters, own_slice
 
 logger = logging.getLogger(__name__)
 
-#: Values of `TrainingArguments.optim` that masks cannot act on, and why.
-REFUSED_OPTIMIZERS = {
-    **{
-        name: "it updates the parameters inside the backward pass, before the mask can act"
-        for name in (
-            "lomo",
-            "adalomo",
-            "galore_adamw_layerwise",
-            "galore_adamw_8bit_layerwise",
-            "galore_adafactor_layerwise",
-            "apollo_adamw_layerwise",
-        )
-    },
-    **{
-        name: "it keeps further iterates of the parameters, which the mask would not reach"
-        for name in ("schedule_free_radam", "schedule_free_adamw", "schedule_free_sgd")
-    },
-}
+#: Values of `TrainingArguments.optim` that keep further iterates of the parameters, which masks would not reach.
+REFUSED_OPTIMIZERS = ("schedule_free_radam", "schedule_free_adamw", "schedule_free_sgd")
 #: Those whose step follows the gradient's size, so that a masked gradient is a masked step. RMSprop, Adagrad, Lion and
 #: all of Adam's relatives divide a constant factor out.
 GRADIENT_PROPORTIONAL_OPTIMIZERS = ("sgd",)
@@ -44,7 +28,8 @@ def check_optimizer(optim: str, target: str) -> None:
     """
     if optim in REFUSED_OPTIMIZERS:
         raise UserError(
-            f"optim: soft-masks do not work with '{optim}': {REFUSED_OPTIMIZERS[optim]}; use 'adamw_torch'"
+            f"optim: soft-masks do not work with '{optim}', which keeps further iterates of the parameters, where the "
+            "mask does not reach; use 'adamw_torch'"
         )
     if target == "gradient" and optim not in GRADIENT_PROPORTIONAL_OPTIMIZERS:
         logger.warning(

@@ -46,15 +46,15 @@ BOUNDS = {
     "gradient_accumulation_steps": (1, LARGEST),
     "num_train_epochs": (1e-6, LARGEST),
     "max_steps": (-1, LARGEST),
-    "learning_rate": (0, 1e6),
+    "learning_rate": (0, None),
     "warmup_steps": (0, LARGEST),
-    "weight_decay": (0, 1e6),
+    "weight_decay": (0, None),
     "adam_beta1": (0, 1 - 1e-6),
     "adam_beta2": (0, 1 - 1e-6),
-    "adam_epsilon": (1e-30, 1e6),
+    "adam_epsilon": (1e-30, None),
     "max_grad_norm": (0, None),
     "label_smoothing_factor": (0, 1),
-    "neftune_noise_alpha": (0, 1e6),
+    "neftune_noise_alpha": (0, None),
     "torch_empty_cache_steps": (1, LARGEST),
     "logging_steps": (1e-6, LARGEST),
     "eval_steps": (1e-6, LARGEST),
@@ -74,7 +74,7 @@ BOUNDS = {
     "importance_batch_size": (1, LARGEST),
     "gate_dropout": (0, 0.9),
     "soft_mask_strength": (0, 1),
-    "non_unit_lr_scale": (0, 1e6),
+    "non_unit_lr_scale": (0, None),
     "contrast_weight": (0, None),
     "contrast_temperature": (1e-4, None),
     "penalty_weight": (0, None),
@@ -334,6 +334,8 @@ class DASConfig(TrainingArguments):
         for name in ("load_best_model_at_end", "metric_for_best_model"):
             if getattr(self, name) and self.eval_strategy == IntervalStrategy.NO:
                 raise ValueError(f"{name}: nothing is measured while training; write eval_strategy: epoch")
+        if self.mixed_precision not in ("no", "fp16", "bf16"):
+            raise ValueError(f"ACCELERATE_MIXED_PRECISION: '{self.mixed_precision}' is none of no, fp16, bf16")
         self._check_schedule()
 
     def _check_numbers(self) -> None:
@@ -435,6 +437,24 @@ class DASConfig(TrainingArguments):
                 f"lr_scheduler_kwargs: {self.lr_scheduler_kwargs} does not go with lr_scheduler_type "
                 f"'{self.lr_scheduler_type.value}': {reason}"
             )
+
+    @property
+    def precision(self) -> dict[str, str]:
+        """What decides about rounding, whether the arguments say so or the environment (`ACCELERATE_…`)."""
+        prefix = "ACCELERATE_DYNAMO_"
+        compiler = {name[len(prefix) :].lower(): value for name, value in sorted(os.environ.items()) if prefix in name}
+        if self.torch_compile:
+            compiler = {"backend": self.torch_compile_backend, "mode": self.torch_compile_mode or "default"}
+        if compiler.get("backend", "no").lower() == "no":
+            compiler = {"backend": "no"}
+        matmul = torch.backends.cuda.matmul
+        tf32 = getattr(matmul, "fp32_precision", None) or ("tf32" if matmul.allow_tf32 else "ieee")
+        tf32 = {"0": "ieee", "1": "tf32"}.get(os.environ.get("NVIDIA_TF32_OVERRIDE", ""), tf32)
+        return {
+            "mixed": self.mixed_precision,
+            "float32": "tf32" if tf32 == "tf32" else "ieee",
+            "compiler": " ".join(compiler.values()).lower(),
+        }
 
     def check_packages(self) -> None:
         """

@@ -31,7 +31,7 @@ from das_lm.files import broken_file
 from das_lm.loading import is_causal, load_model, load_tokenizer, model_path
 from das_lm.pretrain import check_text, claimed, held_out_windows, machine_facts, measuring_trainer
 from das_lm.recipe import Recipe, load_recipe
-from das_lm.run_directory import RECIPE_NAME, stages_of
+from das_lm.run_directory import RECIPE_NAME, check_precision, stages_of
 from das_lm.terminal import Console
 
 if TYPE_CHECKING:
@@ -98,6 +98,7 @@ def evaluate_run(
 
 def _evaluate_run(run: Path, recipe: Recipe, measure: Sequence[str], probes: Probes, output: Path) -> Results:
     results, stages = Results.load(run), stages_of(recipe, run)
+    check_precision(results.run, {"precision": recipe.training_arguments(None, str(run)).precision}, f"--run {run}")
     if not output.samefile(run):
         _check_not_anothers(output, results)
     if len(results.stages) <= len(stages):
@@ -169,6 +170,7 @@ def evaluate_checkpoints(
         "checkpoints": dict(checkpoints),
         "training": {key: value for key, value in (training or {}).items() if not key.endswith("token")},
         **machine_facts(),
+        "precision": recipe.training_arguments(None, str(output)).precision,
     }
     text = {domain.name: domain.load(measure_only=True).held_out for domain in entries}
     paths = [model_path(recipe) if path == "built-in" else path for path in checkpoints.values()]

@@ -47,6 +47,7 @@ from das_lm.files import (
     newest_checkpoint,
     partial_path,
     seal,
+    write_text,
 )
 from das_lm.inputs import data_seed
 from das_lm.interruption import ProcessLost, Signals, check_signals, is_about_processes, is_about_workers
@@ -56,10 +57,13 @@ from das_lm.model_card import HubRepository, write_card
 from das_lm.run_directory import (
     ASIDE_NAME,
     CURVES_NAME,
+    RECIPE_NAME,
     Stage,
     batch_before,
     check_and_clean,
+    check_precision,
     drop_aside,
+    length_of,
     locked,
     open_output,
     stages_of,
@@ -115,12 +119,12 @@ def _continual_pretrain(recipe: Recipe, resume: bool, overwrite: bool, halves: b
     restored = False
     try:
         with claimed(output):
-            on_main(state, check_and_clean, output, recipe, resume, overwrite)
+            before = on_main(state, check_and_clean, output, recipe, resume, overwrite)
             try:
                 check_model(recipe)
                 with state.main_process_first():
                     text, tokenizer = _load_text(recipe, console), load_tokenizer(model_path(recipe), recipe)
-                results = _walk(recipe, output, overwrite, halves, text, tokenizer, state, console)
+                results = _walk(recipe, before, output, overwrite, halves, text, tokenizer, state, console)
             except Exception:
                 check_signals()
                 restored = overwrite and state.is_main_process and undo_overwriting(output)
@@ -174,6 +178,7 @@ def on_main(state: PartialState, function: Any, *args: Any) -> Any:
 
 def _walk(
     recipe: Recipe,
+    before: Recipe | None,
     output: Path,
     overwrite: bool,
     halves: bool,
@@ -233,6 +238,7 @@ def _walk(
     if (output / RESULTS_NAME).is_file() and not overwrite:
         earlier = Results.load(output)
         check_text(earlier.run, results.run, "--resume")
+        check_precision(earlier.run, results.run, "--resume")
         results.stages, results.run["warnings"] = earlier.stages, earlier.run["warnings"]
     elif state.is_main_process:
         for name, warning in find_leakage(text).warnings():
@@ -284,7 +290,12 @@ def _walk(
             started = time.perf_counter()
             if earlier:
                 trainer.check_order(batch_before(earlier.run, stage.name))
-            trainer.train(resume_from_checkpoint=on_main(state, newest_checkpoint, stage.workshop))
+            checkpoint = on_main(state, newest_checkpoint, stage.workshop)
+            if before and (told := trainer.check_length(length_of(before, stage, index - 1), checkpoint)):
+                console.print(told, soft_wrap=True, markup=False)
+                if state.is_main_process:
+                    write_text(output / RECIPE_NAME, recipe.to_yaml())
+            trainer.train(resume_from_checkpoint=checkpoint)
             _save(trainer, stage.directory, recipe, None if stage is stages[0] else Path(source))
             seconds = round(time.perf_counter() - started, 1)
         if state.is_main_process:
@@ -528,6 +539,8 @@ def _facts(recipe: Recipe, text: dict[str, Documents], args: Any) -> dict[str, A
     return {
         "recipe": yaml.safe_load(recipe.to_yaml()),
         **machine_facts(),
+        **({"device": "cpu"} if args.device.type == "cpu" else {}),
+        "precision": args.precision,
         "processes": args.world_size,
         "text": {name: one.fingerprints for name, one in text.items()},
         "documents": {n: len(d.train) if d.has_length else None if d.train else 0 for n, d in text.items()},

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from transformers import TrainingArguments
 
+from das_lm.config import DASConfig
 from das_lm.errors import UserError
 from das_lm.evaluation.cache import DIRECTORY as CACHE_NAME
 from das_lm.evaluation.forgetting import FIGURES_NAME, PAGE_NAME, Results
@@ -32,6 +33,7 @@ from das_lm.files import (
     write_json,
     write_text,
 )
+from das_lm.plain_words import key_path
 
 if TYPE_CHECKING:
     from das_lm.data.domains import Domain
@@ -48,6 +50,26 @@ PER_PROCESS = {
     name: TrainingArguments.__dataclass_fields__[name].default
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps")
 }
+#: How long a domain is learned, and the defaults.
+LENGTH = {name: TrainingArguments.__dataclass_fields__[name].default for name in ("max_steps", "num_train_epochs")}
+#: What of a recipe and its training arguments changes neither weights nor figures: a run may go on with another.
+HARMLESS = {
+    *("output_dir", "description", "trust_remote_code", "do_train", "do_eval", "do_predict", "length_column_name"),
+    *("logging_strategy", "logging_first_step", "log_on_each_node", "log_level", "log_level_replica", "disable_tqdm"),
+    *("include_num_input_tokens_seen", "report_to", "run_name", "project", "trackio_space_id", "trackio_bucket_id"),
+    *("trackio_static_space_id", "per_device_eval_batch_size", "prediction_loss_only", "eval_do_concat_batches"),
+    *("eval_use_gather_object", "eval_accumulation_steps", "include_for_metrics", "batch_eval_metrics"),
+    *("save_total_limit", "save_on_each_node", "enable_jit_checkpoint", "push_to_hub", "hub_private_repo"),
+    *("hub_model_id", "hub_strategy", "hub_always_push", "hub_revision", "torch_empty_cache_steps", "ddp_timeout"),
+    *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "skip_memory_metrics"),
+    *("dataloader_prefetch_factor", "dataloader_multiprocessing_context", "logging_nan_inf_filter"),
+}
+#: The same, unless training follows what is measured meanwhile.
+CADENCE = {
+    *("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "logging_steps", "save_strategy", "save_steps"),
+    *("metric_for_best_model", "greater_is_better"),
+}
+FOLLOWING = {"load_best_model_at_end": (True,), "lr_scheduler_type": ("reduce_lr_on_plateau", "greedy")}
 
 
 @dataclass
@@ -84,8 +106,8 @@ def stages_of(recipe: Recipe, output: Path) -> list[Stage]:
     return [Stage(name, list(recipe.domains), output / f"1-{recipe.schedule}")]
 
 
-def check_output(output: Path, recipe: Recipe, resume: bool, overwrite: bool) -> None:
-    """Refuse to mix runs, before anything is loaded or written."""
+def check_output(output: Path, recipe: Recipe, resume: bool, overwrite: bool) -> Recipe | None:
+    """Refuse to mix runs, before anything is loaded or written. Returns the recipe of the run to go on with."""
     if resume and overwrite:
         raise UserError("--resume goes on with a run, --overwrite_output_dir removes it: give one of them")
     _check_place(output)
@@ -102,7 +124,7 @@ def check_output(output: Path, recipe: Recipe, resume: bool, overwrite: bool) ->
             )
         if resume:
             raise UserError(f"--resume: {output} holds no run to go on with; leave --resume out")
-        return
+        return None
     if not resume and not overwrite:
         aside = output / ASIDE_NAME
         before = f" ({aside} holds the one before, until it has learned a domain)" if aside.exists() else ""
@@ -120,24 +142,19 @@ def check_output(output: Path, recipe: Recipe, resume: bool, overwrite: bool) ->
 
         trusts = {"trust_remote_code": recipe.trust_remote_code}
         before = load_recipe(output / RECIPE_NAME, trusts, check_device=False)  # as it was written, or a message
-        before = _without_batch(yaml.safe_load(before.to_yaml()))
-        now = _without_batch(yaml.safe_load(recipe.to_yaml()))
-        for key in {**before, **now}:
-            if key not in ("output_dir", "description") and before.get(key) != now.get(key):
-                raise UserError(
-                    f"--resume: the run in {output} has another '{key}': {before.get(key)!r}, not {now.get(key)!r}; "
-                    "give the same, or another --output_dir"
-                )
+        _check_same(before, recipe, output)
+        return before
+    return None
 
 
-def check_and_clean(output: Path, recipe: Recipe, resume: bool, overwrite: bool) -> None:
+def check_and_clean(output: Path, recipe: Recipe, resume: bool, overwrite: bool) -> Recipe | None:
     """[`check_output`] of a directory that is [`locked`]; and whether the finished domains of the run to go on with
     are what was saved."""
     if not (output / RECIPE_NAME).is_file() or not all(marker.is_file() for marker in _markers(output, MARKER_NAME)):
         put_back(output)  # a process that was about to overwrite it was killed
-    check_output(output, recipe, resume, overwrite)
+    before = check_output(output, recipe, resume, overwrite)
     if not resume:
-        return
+        return None
     for stage in stages_of(recipe, output):
         broken = broken_file(stage.directory) if stage.is_finished else None
         if broken:
@@ -147,6 +164,7 @@ def check_and_clean(output: Path, recipe: Recipe, resume: bool, overwrite: bool)
             )
     for directory in (output, output / CACHE_NAME):
         remove_partial(directory)
+    return before
 
 
 def open_output(output: Path, recipe: Recipe, overwrite: bool) -> None:
@@ -378,6 +396,70 @@ def _inputs(recipe: Recipe) -> Iterator[tuple[str, Path]]:
             yield from ((key, Path(one)) for one in ([path] if os.path.exists(path) else glob(path, recursive=True)))
 
 
+# ---- what a run goes on with ---------------------------------------------------------------------------------------
+
+
+def _check_same(before: Recipe, now: Recipe, output: Path) -> None:
+    """Whether two recipes lead to the same numbers. How long a domain that is not finished is learned, and the product
+    of what is in `PER_PROCESS`, the trainer compares."""
+    trainings = [one.training for recipe in (before, now) for one in (recipe, *recipe.domains)]
+    follows = any(training.get(key) in values for training in trainings for key, values in FOLLOWING.items())
+    ignored = {*PER_PROCESS, *LENGTH, *HARMLESS, *(() if follows else CADENCE)}
+    old, new = (dict(_leaves(yaml.safe_load(recipe.to_yaml()))) for recipe in (before, now))
+    others = []
+    for at in {**old, **new}:
+        argument = at[at.index("training") + 1] if "training" in at else at[0]
+        default = getattr(DASConfig, at[1], None) if at[0] == "training" and len(at) == 2 else None
+        values = [leaves.get(at, default) for leaves in (old, new)]
+        if argument not in ignored and values[0] != values[1]:
+            began, gives = ("none" if value is None else _shortened(str(value)) for value in values)
+            others.append(f"{key_path(at)}: {began}, not {gives}")
+    if others:
+        raise UserError(
+            f"--resume: the run in {output} began with {'; '.join(others)}. Give the same, or another --output_dir"
+        )
+    measured = Results.load(output).stages if (output / RESULTS_NAME).is_file() else []
+    learned = {row["name"] for row in measured}  # a sweep keeps no models
+    for index, stage in enumerate(stages_of(now, output)):
+        lengths = [length_of(recipe, stage, index) for recipe in (before, now)]
+        if (stage.is_finished or stage.name in learned) and lengths[0] != lengths[1]:
+            began, gives = (" ".join(f"{name} {value}" for name, value in length.items()) for length in lengths)
+            raise UserError(
+                f"--resume: '{stage.name}' is learned, with {began}, not {gives}; give the same. For another domain, "
+                "write it into the training of that domain"
+            )
+
+
+def length_of(recipe: Recipe, stage: Stage, index: int) -> dict[str, float]:
+    """How long the domains of a stage, the `index`-th of the recipe, are learned."""
+    given = {**recipe.training, **(recipe.domains[index].training if len(stage.domains) == 1 else {})}
+    steps = given.get("max_steps", LENGTH["max_steps"])
+    return {"max_steps": steps} if steps > 0 else {name: given.get(name, value) for name, value in LENGTH.items()}
+
+
+def check_precision(before: dict[str, Any], now: dict[str, Any], what: str) -> None:
+    """Whether numbers are rounded as `forgetting.json` tells that they were; an older release does not tell."""
+    if before.get("precision") not in (None, now["precision"]):
+        was, is_now = (", ".join(f"{k} {v}" for k, v in run["precision"].items()) for run in (before, now))
+        raise UserError(
+            f"{what}: the precision was {was}, and would be {is_now}: set ACCELERATE_MIXED_PRECISION and what else of "
+            "the kind stands in the environment as it was, or begin a new run in another --output_dir"
+        )
+
+
+def _leaves(data: Any, at: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], Any]]:
+    """Path of keys -> value; a list of values is one."""
+    if isinstance(data, dict) or (isinstance(data, list) and any(isinstance(one, dict) for one in data)):
+        for key, value in data.items() if isinstance(data, dict) else enumerate(data):
+            yield from _leaves(value, (*at, key))
+    else:
+        yield at, data
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 100 else f"{text[:97]}…"
+
+
 def batch_before(run: dict[str, Any], name: str) -> dict[str, int]:
     """[`ContinualTrainer.batch`] of a domain, as `forgetting.json` tells how the run was begun."""
     domain = next((one for one in run["recipe"]["domains"] if one["name"] == name), {})
@@ -386,12 +468,3 @@ def batch_before(run: dict[str, Any], name: str) -> dict[str, int]:
         "processes": run.get("processes", 1),
         **{key: training.get(key, default) for key, default in PER_PROCESS.items()},
     }
-
-
-def _without_batch(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A recipe without what another number of processes has to change; the trainer compares the product of them."""
-    for one in (recipe, *recipe["domains"]):
-        training = {name: value for name, value in one.pop("training", {}).items() if name not in PER_PROCESS}
-        if training:
-            one["training"] = training
-    return recipe

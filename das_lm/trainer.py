@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import math
@@ -529,6 +530,46 @@ class ContinualTrainer(ShardedTraining):
                     f"{length} rows of domain '{self.domain}' do not fill {rows} rows per update step: go on as it "
                     "began"
                 )
+
+    def check_length(self, before: Mapping[str, float], checkpoint: str | Path | None) -> str | None:
+        """
+        Whether a run that began with another length goes on as one that began with the present one.
+
+        Args:
+            before: `max_steps`, and `num_train_epochs` if that is not given.
+            checkpoint: to go on from.
+
+        Returns:
+            What happens to the learning rate; `None` if the length is the same.
+
+        Raises:
+            UserError: it is shorter, or the learning rate up to here would have been another one.
+        """
+        began, batches = copy.copy(self.args), self.get_train_dataloader()
+        for name, value in before.items():
+            setattr(began, name, value)
+        was, now = (self.set_initial_training_values(args, batches)[-1] for args in (began, self.args))
+        done = int(str(checkpoint).rpartition("-")[2]) if checkpoint else 0
+        if was == now:
+            return None
+        if now < was:
+            raise UserError(
+                f"max_steps: '{self.domain}' began to learn for {was} steps, and {now} are fewer: a run goes on as "
+                "long as it began, or longer"
+            )
+        rates = [self.args.learning_rates(range(done + 1), steps) for steps in (was, now)]
+        kind = self.args.lr_scheduler_type.value
+        if done and not np.allclose(*rates, rtol=1e-9, atol=0):
+            raise UserError(
+                f"max_steps: '{self.domain}' has learned {done} of {was} steps, and lr_scheduler_type '{kind}' has "
+                f"brought the learning rate to {rates[0][-1]:.3g}; in a run of {now} steps it would be "
+                f"{rates[1][-1]:.3g}: give max_steps {was}, or begin anew. A run can go on longer with constant, and "
+                "with warmup_stable_decay before its decay"
+            )
+        return (
+            f"'{self.domain}' learns {now} steps, not {was}: the learning rate of lr_scheduler_type '{kind}' is that "
+            f"of a run of {now} steps from the beginning, {rates[1][-1]:.3g} in step {done + 1}"
+        )
 
     def _stops(self) -> bool:
         """Whether a signal has come, to whichever process, while it is postponed."""

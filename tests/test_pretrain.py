@@ -147,7 +147,7 @@ def test_another_run_is_overwritten_only_when_told_to(world, finished, tmp_path,
     assert _run(world, output) == 2
     assert "--overwrite_output_dir" in capsys.readouterr().err
     assert _run(world, output, "--resume", "--learning_rate", "1e-4") == 2
-    assert "another 'training'" in capsys.readouterr().err
+    assert "began with training.learning_rate: 0.001, not 0.0001" in capsys.readouterr().err
     assert (output / "forgetting.json").read_bytes() == before
     assert _run(world, output, "--overwrite_output_dir", "--method", "naive", "--domain", "bio") == 0
     left = sorted(path.name for path in output.iterdir())

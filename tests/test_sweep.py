@@ -164,7 +164,7 @@ def test_bad_input_is_one_message_and_nothing_is_written(world, tmp_path, capsys
 def test_the_run_of_another_recipe_is_refused_before_anything_is_trained(world, finished, capsys):  # noqa: F811
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
     assert run(world, finished, "--max_steps", "3", entries=("--sweep", "l2", *ENTRIES)) == 2
-    assert "has another 'training'" in capsys.readouterr().err
+    assert "is learned, with max_steps" in capsys.readouterr().err
     assert run(world, finished / RUNS[0] / "seed-5") == 2
     assert "is the directory of a run" in capsys.readouterr().err
     assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*")}

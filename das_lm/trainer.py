@@ -632,8 +632,8 @@ class ContinualTrainer(ShardedTraining):
             test_dataset: as one `eval_dataset`.
         """
         test_dataset = self.inputs.held_out(test_dataset, "test_dataset")
-        if isinstance(test_dataset, dict):
-            raise UserError(f"test_dataset: give one of {', '.join(test_dataset)}")
+        if test_dataset is None or isinstance(test_dataset, dict):
+            raise UserError("test_dataset: give held-out data of one domain, as an eval_dataset of the trainer")
         with self.private_randomness("evaluate"):
             return super().predict(test_dataset, *args, **kwargs)
 

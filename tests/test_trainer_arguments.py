@@ -475,6 +475,9 @@ def test_metrics_of_a_language_model(tmp_path):
     metrics = small.evaluate()
     assert metrics["eval_bio_hits"] == pytest.approx(metrics["eval_bio_accuracy"], abs=1e-9)
     assert small.predict(held_out).predictions.shape == output.label_ids.shape
+    for several in (None, {"bio": held_out, "law": held_out}):
+        with refused("test_dataset: give held-out data of one domain"):
+            small.predict(several)
     with refused("preprocess_logits_for_metrics: return a tensor with one row for each of the"):
         trainer_of(tmp_path, TEXTS, preprocess_logits_for_metrics=lambda logits, _: logits.mean()).predict(held_out)
 

@@ -152,7 +152,7 @@ def sweep(
     from accelerate import PartialState
 
     from das_lm.evaluation.report import write_report
-    from das_lm.pretrain import continual_pretrain
+    from das_lm.pretrain import continual_pretrain, on_main
     from das_lm.run_directory import RECIPE_NAME, stages_of
 
     todo = {directory: one for directory, one in runs.items() if not _is_finished(directory)}
@@ -166,6 +166,8 @@ def sweep(
         left = (time.perf_counter() - started) / max(number, 1) * (len(todo) - number) / 60
         about = f", about {left:.0f} min left" if number else ""
         name = escape(str(directory.relative_to(output)))
+        if on_main(state, _is_finished, directory):  # meanwhile, by the same command beside this one
+            continue
         console.rule(f"[bold]run {number + 1} of {len(todo)}: {name}[/bold]{about}", align="left")
         try:
             continual_pretrain(one, resume=(directory / RECIPE_NAME).is_file(), report=False)

@@ -291,7 +291,8 @@ class Domain:
             held_out = Dataset.from_list(list(found.values())).select_columns(["id", "text"])
         if measure_only:
             return Documents(None, held_out, warnings)
-        documents = DocumentStream(source, self.column, where, self.min_characters, held_out["id"])
+        is_remote = data_kind(self.data) == "hub"
+        documents = DocumentStream(source, self.column, where, self.min_characters, held_out["id"], is_remote)
         if next(iter(documents), None) is None:
             raise UserError(
                 f"{where}: nothing is left to train on, since every document is also held out; give held_out other "

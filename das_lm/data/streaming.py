@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import itertools
 from collections import deque
 from collections.abc import Collection, Iterator
@@ -41,6 +42,7 @@ class DocumentStream:
         where: names the source in messages.
         min_characters: shorter documents are left out.
         held_out: ids (see `readers.to_row`) of documents that are left out wherever they stand.
+        is_remote: reading what was read before, to see that it is the same, would load it again; it is not done.
     """
 
     def __init__(
@@ -50,8 +52,9 @@ class DocumentStream:
         where: str = "the stream",
         min_characters: int = 1,
         held_out: Collection[str] = (),
+        is_remote: bool = False,
     ):
-        self.source, self.column, self.where = source, column, where
+        self.source, self.column, self.where, self.is_remote = source, column, where, is_remote
         self.min_characters, self.held_out = min_characters, frozenset(held_out)
 
     def batches(self, state: Any = None) -> Iterator[tuple[Any, list[dict[str, Any]]]]:
@@ -95,6 +98,38 @@ class DocumentStream:
         for _, rows in self.batches():
             yield from rows
 
+    def check(self, read: tuple[int, str]) -> None:
+        """
+        Read what was read before, and no more.
+
+        Args:
+            read: number and running hash of the documents.
+
+        Raises:
+            UserError: it has changed.
+        """
+        now = (0, "")
+        if not self.is_remote:
+            for row in itertools.islice(self, read[0]):
+                now = _and(now, [row])
+            if now != read:
+                raise self.changed(f"the first {read[0]:,} documents are not those that the run has read")
+
+    def changed(self, what: str) -> UserError:
+        """The error for other text."""
+        return UserError(
+            f"{self.where}: {what}: the text or its order has changed. Give the text that the run began with, or "
+            "start a new run"
+        )
+
+
+def _and(read: tuple[int, str], rows: list[dict[str, Any]]) -> tuple[int, str]:
+    """Number and running hash of documents, with further ones."""
+    digest = read[1]
+    for row in rows:
+        digest = hashlib.blake2b(f"{digest}{row['id']}".encode(), digest_size=8).hexdigest()
+    return read[0] + len(rows), digest
+
 
 @dataclass
 class Place:
@@ -108,6 +143,8 @@ class Place:
         source: state of the source of documents, some time before.
         skip: tokens from there that belong to earlier blocks.
         document: id of the first document from there.
+        read: number and running hash of the documents before it in this epoch.
+        whole: number and running hash of the documents of an epoch, where one was read to its end.
     """
 
     epoch: int = 0
@@ -116,6 +153,8 @@ class Place:
     source: Any = None
     skip: int = 0
     document: str | None = None
+    read: tuple[int, str] = (0, "")
+    whole: tuple[int, str] | None = None
 
     @property
     def row(self) -> int:
@@ -218,11 +257,19 @@ class TrainingStream(TrainingBlocks):
 
     def state_dict(self, position: int) -> dict[str, Any]:
         """What [`load_state_dict`] needs to read from a position on; JSON."""
-        return asdict(self._place_before(position))
+        seen = (0, "") if self._windows is None else self._window[0].whole or self._read_so_far
+        return {**asdict(self._place_before(position)), "seen": seen}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Read from the place that [`state_dict`] named, without what stands before it."""
-        self._open(Place(**state))
+        """
+        Make tokens from the place that [`state_dict`] named on. What was read before is read again, to compare it.
+
+        Raises:
+            UserError: it has changed.
+        """
+        pairs = {name: tuple(state[name]) for name in ("read", "whole", "seen") if state.get(name)}
+        self.documents.check(pairs.pop("seen", (0, "")))
+        self._open(Place(**{name: value for name, value in {**state, **pairs}.items() if name != "seen"}))
 
     def _place_before(self, position: int) -> Place:
         return max((place for place in self._places if place.row <= position), key=lambda p: p.row, default=Place())
@@ -248,19 +295,20 @@ class TrainingStream(TrainingBlocks):
         while True:
             blocks, count = self._blocks(place), place.block
             while window := list(itertools.islice(blocks, self.shuffle_buffer)):
-                source, skip, document = window[0][1:]
-                begin = replace(place, block=count, source=source, skip=skip, document=document)
-                yield begin, [ids for ids, *_ in window]
+                begin = replace(place, block=count, **window[0][1])
+                yield begin, [ids for ids, _ in window]
                 count += len(window)
                 del window
             if not count:
                 raise nothing_in(self.documents, f"{self.documents.where}: ")
-            place = Place(place.epoch + 1, length=count)
+            if place.whole not in (None, self._read_so_far):
+                raise self.documents.changed("it was read to its end again, and differs from the first time")
+            place = Place(place.epoch + 1, length=count, whole=self._read_so_far)
 
-    def _blocks(self, place: Place) -> Iterator[tuple[np.ndarray, Any, int, str]]:
-        """Block after block from a place on to the end of the epoch, with what its own place needs: source, skip and
-        document."""
-        reads: deque[tuple[int, Any, str]] = deque()  # tokens before each, state of the source, first document
+    def _blocks(self, place: Place) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
+        """Block after block from a place on to the end of the epoch, with what is its own of a place."""
+        reads: deque[tuple[int, dict[str, Any]]] = deque()  # tokens before each, and what is its own of a place
+        self._read_so_far = place.read
         separator = separator_of(self.tokenizer)
 
         def tokens() -> Iterator[np.ndarray]:
@@ -268,11 +316,9 @@ class TrainingStream(TrainingBlocks):
             for state, rows in self.documents.batches(place.source):
                 document = rows[0]["id"]
                 if not reads and place.document not in (None, document):
-                    raise UserError(
-                        f"{self.documents.where}: where the checkpoint was written, another document stands now: the "
-                        "text or its order has changed. Give the text that the run began with, or start a new run"
-                    )
-                reads.append((before, state, document))
+                    raise self.documents.changed("where the checkpoint was written, another document stands now")
+                reads.append((before, {"source": state, "document": document, "read": self._read_so_far}))
+                self._read_so_far = _and(self._read_so_far, rows)
                 ids = tokenize({"text": [row["text"] for row in rows]}, self.tokenizer, separator)["input_ids"]
                 piece = np.fromiter(itertools.chain.from_iterable(ids), np.int32)
                 yield piece[max(0, -before) :]
@@ -283,8 +329,8 @@ class TrainingStream(TrainingBlocks):
             for ids in with_special_tokens(text, self.prefix, self.suffix):
                 while len(reads) > 1 and reads[1][0] <= done:
                     reads.popleft()
-                before, state, document = reads[0]
-                yield ids, state, done - before, document
+                before, own = reads[0]
+                yield ids, {**own, "skip": done - before}
                 done += self.room
 
 

@@ -192,12 +192,43 @@ def test_resumes_without_a_place():
     assert_same_row(rest[57], whole[57])
 
 
-def test_other_text_is_noticed():
-    stream, other = stream_of(make_documents(60)), stream_of(make_documents(60, seed=1))
+@pytest.mark.parametrize("changed", [0, 15, 58])
+@pytest.mark.parametrize("position", [24, 130])  # in the first and in the second epoch
+def test_other_text_is_noticed(position, changed):
+    """As far as it was read: of a second epoch, all."""
+    documents = make_documents(60)
+    stream, other = stream_of(documents), texts_of(60)
+    epoch = stream_of(documents).available(10**9)
+    assert 24 < epoch < 130
+    texts = list(documents["text"])
+    texts[changed] = other[changed]
+    stream[position]
+    state = json.loads(json.dumps(stream.state_dict(position)))
+    rest = stream_of(datasets.Dataset.from_dict({"text": texts}))
+    assert state["seen"][0] in ((60,) if position > epoch else range(16, 58))
+    if changed < state["seen"][0]:
+        with pytest.raises(UserError, match="are not those that the run has read: the text or its order has"):
+            rest.load_state_dict(state)
+    else:
+        rest.load_state_dict(state)
+    stream_of(documents).load_state_dict(state)
+
+
+def test_text_that_changes_while_it_is_read_is_noticed():
+    """At the end of the next epoch; and of a hub data set, which is not loaded again, at the place of a checkpoint."""
+    documents, stream = make_documents(60), stream_of(make_documents(60))
+    epoch = stream.available(10**9)
+    stream[epoch + 1]
+    stream.documents.source = make_documents(60, seed=1).to_iterable_dataset()
+    with pytest.raises(UserError, match="read to its end again, and differs from the first time"):
+        stream[4 * epoch]
+    stream = stream_of(documents)
     stream[40]
-    other.load_state_dict(stream.state_dict(40))
+    remote = stream_of(make_documents(60, seed=1))
+    remote.documents.is_remote = True
+    remote.load_state_dict(stream.state_dict(40))
     with pytest.raises(UserError, match="another document stands now: the text or its order has changed"):
-        other[40]
+        remote[40]
 
 
 def test_many_windows_between_two_checkpoints(monkeypatch):

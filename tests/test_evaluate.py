@@ -180,7 +180,7 @@ def test_evaluating_changes_nothing_of_the_run(run, probes):
         (["--checkpoint", "base", "--output_dir", "out"], "write --checkpoint NAME=PATH"),
         (["--checkpoint", "base=a", "--checkpoint", "base=b", "--output_dir", "out"], "'base' is given twice"),
         (["--checkpoint", "base=built-in", "--output_dir", "out"], "--domain"),
-        (["--checkpoint", "base=nowhere", "--domain", "bio", "--output_dir", "out"], "no tokenizer"),
+        (["--checkpoint", "base=nowhere", "--domain", "bio", "--output_dir", "out"], "'nowhere' cannot be loaded"),
         (["--checkpoint", "base=built-in", "--domain", "bio", "--cloze", "law", "--output_dir", "out"], "questions"),
         (["--checkpoint", "base=built-in", "--domain", "x=no.txt", "--output_dir", "out"], "no.txt"),
         (["--run", "{run}", "--max_length", "12"], "a run is measured as it was"),

@@ -14,7 +14,7 @@ import typing
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from das_lm.errors import UserError, did_you_mean, speaks
+from das_lm.errors import UserError, did_you_mean, one_line, speaks
 from das_lm.files import is_about_disk
 from das_lm.interruption import readers_may_go
 from das_lm.terminal import printable
@@ -776,11 +776,12 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         message, status = f"error: {error}", 2
         everywhere = getattr(error, "everywhere", False)
-    except OSError as error:
+    except Exception as error:  # that of safetensors is no OSError
         if not is_about_disk(error):
             raise
-        where = error.filename or "the disk"
-        message = f"error: {where}: {error.strerror}; free some space, or make it writable, and run the command again"
+        where, what = getattr(error, "filename", None) or "the disk", getattr(error, "strerror", None)
+        again = "free some space, or make it writable, and run the command again"
+        message = f"error: {where}: {what or one_line(error)}; {again}"
         status = 2
     except KeyboardInterrupt as error:
         again = "the same command with --resume" if argv[0] in ("pretrain", "search-lambda") else "the same command"

@@ -153,7 +153,8 @@ def is_about_disk(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno in numbers:
         return True
     words = [os.strerror(number) for number in numbers]  # of safetensors; torch.save says less
-    return any(word in str(error) for word in [*words, "PytorchStreamWriter", "inline_container"])
+    words += ["PytorchStreamWriter", "inline_container", "No usable temporary directory"]
+    return any(word in str(error) for word in words)
 
 
 def _sha256(path: Path) -> str:

@@ -239,7 +239,7 @@ def _walk(
         earlier = Results.load(output)
         check_text(earlier.run, results.run, "--resume")
         check_precision(earlier.run, results.run, "--resume")
-        results.stages, results.run["warnings"] = earlier.stages, earlier.run["warnings"]
+        results.stages, results.run["warnings"] = earlier.stages, earlier.run.get("warnings", {})
     elif state.is_main_process:
         for name, warning in find_leakage(text).warnings():
             warn(name, warning, "; see das-lm check-data")

@@ -1,8 +1,12 @@
 """Measuring runs and checkpoints: cached equals fresh, and what is refused."""
 
+import errno
 import json
+import os
 import random
+import resource
 import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -233,6 +237,39 @@ def test_results_of_a_newer_release_are_refused(run, capsys):
     (run / FILE_NAME).write_text(json.dumps({**data, "version": 99}))
     assert main(["evaluate", "--run", str(run)]) == 2
     assert "has version 99" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("limit", [200, 3_000])
+def test_a_full_disk_is_one_message(run, world, capsys, limit):  # noqa: F811
+    """No file may grow past the limit: one of the cache, or the results."""
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    shutil.rmtree(run / "measured")  # all is measured again
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        assert main(["evaluate", "--run", str(run)]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    error = capsys.readouterr().err
+    assert error.count("das-lm: error: ") == 1 and os.strerror(errno.EFBIG) in error and "free some space" in error
+    after = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert set(after) <= set(before)  # nothing half-written
+    assert all(content == before[path] for path, content in after.items() if path.parent.name != "measured")
+
+
+@pytest.mark.parametrize("command", ["evaluate --run", "pretrain --output_dir"])
+def test_no_temporary_directory_is_one_message(run, world, monkeypatch, capsys, command):  # noqa: F811
+    def none():
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
+
+    if command.startswith("pretrain"):
+        command = f"{command} {run}/new --recipe {world}/recipe.yaml"
+    else:
+        command = f"{command} {run}"
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_get_default_tempdir", none)
+    assert main(command.split()) == 2
+    assert "No usable temporary directory found in ['/tmp']; free some space" in capsys.readouterr().err
 
 
 def _rewrite(path, change=lambda values: values, facts=None):

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.markup import escape
 from rich.table import Table
 
-from das_lm.errors import UserError
+from das_lm.errors import UserError, as_user_error
 from das_lm.evaluation.bootstrap import interval, resampled_ratios
 from das_lm.evaluation.intervals import Estimate
 from das_lm.files import write_json
+from das_lm.plain_words import key_path
 
 if TYPE_CHECKING:
     from das_lm.evaluation.held_out import HeldOut
@@ -90,6 +93,79 @@ def summarize(matrix: np.ndarray, learned: Sequence[int | None], lower_is_better
         "forgetting_rate": mean([worth[stage, j] - worth[last, j] for j, stage in earlier]),
         "drift": mean([worth[0, j] - worth[last, j] for j, stage in enumerate(learned) if stage is None and last]),
     }
+
+
+class _Part(BaseModel):
+    """What has to be as the README beside this file tells it, where it is there; there may be more."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
+Entry, Scores = dict[str, Any], dict[str, dict[str, float]]  # a score: domain -> measure -> value
+Interval = Annotated[list[float], Field(min_length=2, max_length=2)]
+
+
+class _Recipe(_Part):
+    model_name_or_path: str = ""
+    domains: list[Entry]
+    method: list[str]
+    measure: list[Entry] = []
+    training: Entry = {}
+    peft: Entry = {}
+
+
+class _Run(_Part):
+    recipe: _Recipe | None = None
+    processes: int = 1
+    warnings: dict[str, list[str]] = {}
+    versions: dict[str, str] = {}
+    text: dict[str, dict[str, Any]] = {}
+    training: Entry = {}
+    options: Entry = {}
+
+
+class _Moment(_Part):
+    step: int
+    held_out: dict[str, float] = {}
+
+
+class _Importance(_Part):
+    domains: list[str]
+    maps: dict[str, dict[str, list[list[float]]]]
+    overlap: dict[str, list[list[float]]]
+
+
+class _Stage(_Part):
+    name: str
+    scores: Scores
+    checkpoint: str = ""
+    measured: dict[str, str] = {}
+    intervals: dict[str, dict[str, Interval]] = {}
+    pseudo: Scores = {}
+    cloze: dict[str, Entry] = {}
+    end_tasks: dict[str, Entry] = {}
+    step: int = 0
+    seconds: float | None = None
+    mean_importance: dict[str, float] = {}
+    history: list[_Moment] = []
+    importance: _Importance | None = None
+    curve: list[dict[str, float]] = []
+    predictions: list[float] = []
+
+
+class _File(_Part):
+    domains: dict[str, int | None]
+    stages: list[_Stage]
+    run: _Run
+    unit: str = ""
+    intervals: dict[str, dict[str, Interval]] = {}
+
+
+def _number(text: str) -> float:
+    """A number of JSON. Raises `ValueError` for what das-lm does not write: NaN, infinity, or beyond a float."""
+    if not math.isfinite(float(text)):
+        raise ValueError(f"'{text[:20]}' is no number that can be computed with")
+    return float(text) if set(text) & set(".eE") else int(text)
 
 
 @dataclass
@@ -224,23 +300,20 @@ class Results:
             UserError: it is broken, not as [`save`] writes it, or of a newer version.
         """
         path = directory / FILE_NAME
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+        with as_user_error(f"{path} cannot be read"):
+            text = path.read_text(encoding="utf-8")
+            data = json.loads(text, parse_int=_number, parse_float=_number, parse_constant=_number)
+        with as_user_error(f"{path} is not as das-lm writes it"):
             if data["version"] > FORMAT_VERSION:
                 raise UserError(f"{path} has version {data['version']}; this release reads {FORMAT_VERSION}")
-            given = {field.name: data[field.name] for field in fields(cls) if field.name in data}
-            results = cls(**{"stages": data["stages"], "run": data["run"], **given})
-        except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
-            raise UserError(f"{path} cannot be read: {error}") from None
-        try:
-            kinds = {"domains": dict, "stages": list, "run": dict, "unit": str, "intervals": dict}
-            wrong = [name for name, kind in kinds.items() if not isinstance(getattr(results, name), kind)]
-            if wrong:
-                raise ValueError(f"{wrong[0]}: is no {kinds[wrong[0]].__name__}")
+            try:
+                _File.model_validate(data)
+            except ValidationError as error:
+                first = error.errors()[0]
+                raise ValueError(f"{key_path(first['loc'])}: {first['msg']}") from None
+            results = cls(**{field.name: data[field.name] for field in fields(cls) if field.name in data})
             if results.stages:  # all that is asked of them
                 _ = results.tables(), results.integrated_loss()
-        except (KeyError, TypeError, IndexError, ValueError, AttributeError, StopIteration) as error:
-            raise UserError(f"{path} is not as das-lm writes it ({error!r})") from None
         return results
 
     # ---- for people --------------------------------------------------------------------------------------------

@@ -99,7 +99,7 @@ def results(stages=4):
             for domain, loss in zip(domains, row, strict=True)
         }
         rows.append({"name": name, "scores": scores, "steps": 7})
-    return Results(domains, rows, {"seed": 1, "recipe": {"method": "das"}})
+    return Results(domains, rows, {"seed": 1, "recipe": {"domains": [], "method": ["das"]}})
 
 
 def test_matrix_and_summary():
@@ -140,7 +140,7 @@ def test_newer_version(tmp_path):
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"version": 1, "domains": {}}', '{"version": null}'])
 def test_broken_file(text, tmp_path):
     (tmp_path / FILE_NAME).write_text(text)
-    with pytest.raises(UserError, match=f"{FILE_NAME} cannot be read"):
+    with pytest.raises(UserError, match=f"{FILE_NAME} (cannot be read|is not as das-lm)"):
         Results.load(tmp_path)
 
 

@@ -224,6 +224,38 @@ def test_found(world, file, content, command, message):
     assert message in world.message
 
 
+GONE, HUGE, EVALUATE = object(), 10**400, "evaluate --run bad --output_dir out"
+RESULTS = [  # (where in forgetting.json, what stands there instead; command; part of the message, or none if it works)
+    (("run", "recipe", "training", "learning_rate"), HUGE, "compare bad", "is no number that can be computed with"),
+    (("intervals", "loss", "average", 0), HUGE, EVALUATE, "is no number that can be computed with"),
+    (("run", "warnings", "bio"), float("nan"), EVALUATE, "'NaN' is no number"),
+    (("stages", 0, "intervals", "general"), [], EVALUATE, "stages[0].intervals.general: "),
+    (("stages", 1, "history"), {"a": 1}, "report bad --output_dir out", "stages[1].history: "),
+    (("stages", 1, "importance", "maps"), GONE, "report bad --output_dir out", "stages[1].importance.maps: "),
+    (("stages", 1, "scores", "bio"), GONE, "compare bad", "KeyError: 'bio'"),
+    (("domains", "bio"), 7.5, "compare bad", "domains.bio: "),
+    (("run", "recipe", "domains"), GONE, RESUME, "run.recipe.domains: "),
+    (("run", "warnings"), GONE, RESUME, None),
+]
+
+
+@pytest.mark.parametrize("place, value, command, message", RESULTS, ids=lambda one: str(one)[:40])
+def test_results_that_are_not_as_they_were_written(world, place, value, command, message):
+    shutil.copytree(world.root / "run", world.root / "bad")
+    path = world.root / "bad" / "forgetting.json"
+    data = json.loads(path.read_text())
+    holder = data
+    for key in place[:-1]:
+        holder = holder[key]
+    if value is GONE:
+        del holder[place[-1]]
+    else:
+        holder[place[-1]] = value
+    path.write_text(json.dumps(data))
+    assert world.check(command.split(), changes=["bad"]) == (2 if message else 0)
+    assert (message or "") in world.message
+
+
 def test_a_broken_manifest_is_a_broken_checkpoint(tmp_path):
     from das_lm.files import MANIFEST, broken_file, seal
 

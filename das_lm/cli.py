@@ -74,6 +74,14 @@ class RecipeOptions:
         default=None,
         metadata={"help": "Train LoRA adapters: the recipe's mapping as JSON, such as '{\"r\": 8}'."},
     )
+    new_lm_head: int | None = dataclasses.field(
+        default=None,
+        metadata={
+            "metavar": "STEPS",
+            "help": "The model is an encoder without its LM head: begin with a new one, and train it alone for so "
+            "many steps on the text of --measure.",
+        },
+    )
     trust_remote_code: bool = dataclasses.field(
         default=False, metadata={"help": "Run the code that comes with a model of the hub."}
     )

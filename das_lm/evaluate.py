@@ -31,7 +31,7 @@ from das_lm.files import broken_file
 from das_lm.loading import is_causal, load_model, load_tokenizer, model_path
 from das_lm.pretrain import check_text, claimed, held_out_windows, machine_facts, measuring_trainer
 from das_lm.recipe import Recipe, load_recipe
-from das_lm.run_directory import RECIPE_NAME, check_precision, stages_of
+from das_lm.run_directory import RECIPE_NAME, check_precision, stages_of, with_head
 from das_lm.terminal import Console
 
 if TYPE_CHECKING:
@@ -110,13 +110,13 @@ def _evaluate_run(run: Path, recipe: Recipe, measure: Sequence[str], probes: Pro
         broken = broken_file(stage.directory)
         if broken:
             raise UserError(f"--run {run}: the checkpoint {stage.directory} is not there or not whole: {broken}")
-    text = {domain.name: domain.load(measure_only=True).held_out for domain in recipe.measure}
-    text |= {domain.name: domain.load().held_out for domain in recipe.domains}
+    text = {name: one.held_out for name, one in recipe.load_text().items()}
     given = [spec.partition("=")[0] for spec in measure if "=" in spec]
     now = {name: {"held-out": text_fingerprint(one)} for name, one in text.items() if name not in given}
     check_text(results.run, {"text": now}, f"--run {run}")
     order = {**results.domains, **dict.fromkeys(text)}
     results.domains = {name: results.domains.get(name) for name in order if name in text}
+    recipe = with_head(recipe, run)
     paths = [model_path(recipe), *(str(stage.directory) for stage in stages)]
     text = {name: text[name] for name in results.domains}
     return _evaluate(results, paths, recipe, text, probes, output)

@@ -81,6 +81,15 @@ def share(path: Path) -> None:
         path.chmod(0o666 & ~umask)
 
 
+def copy_whole(source: Path, target: Path) -> None:
+    """Copy a directory, whole or not at all; what had its name is gone."""
+    partial = partial_path(target)
+    for old in (partial, target):
+        shutil.rmtree(old, ignore_errors=True)
+    shutil.copytree(source, partial)
+    os.replace(partial, target)
+
+
 def seal(directory: Path | str) -> None:
     """Write the manifest, the last file of a checkpoint: every other file's size and SHA-256."""
     directory = Path(directory)

@@ -18,6 +18,7 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedConfig,
+    TrainingArguments,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
@@ -178,15 +179,24 @@ def _load_whole(path: str, recipe: Recipe) -> Any:
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
         )  # as QLoRA (Dettmers et al., arXiv 2305.14314)
-    return load_whole(path, is_causal(recipe, path), trust_remote_code=recipe.trust_remote_code, **options)
+    options["trust_remote_code"] = recipe.trust_remote_code
+    if recipe.new_lm_head is None:
+        return load_whole(path, is_causal(recipe, path), **options)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(recipe.training.get("seed", TrainingArguments.seed))
+        return load_whole(path, is_causal(recipe, path), new_head=True, **options)
 
 
-def load_whole(path: str, causal: bool, **options: Any) -> Any:
+def load_whole(path: str, causal: bool, new_head: bool = False, **options: Any) -> Any:
     """
     Load a language model with all of its weights, in fp32 unless `options`, those of `from_pretrained`, say otherwise.
 
+    Args:
+        new_head: it lacks its LM head alone, and gets a new one, drawn from torch's generator and tied to the
+            embeddings.
+
     Raises:
-        UserError: it cannot be loaded or run, or lacks weights.
+        UserError: it cannot be loaded or run, lacks weights, or has the head that is to be new.
     """
     options.setdefault("dtype", torch.float32)  # a masked update below one ulp of a half-precision parameter is lost
     verbosity = transformers.utils.logging.get_verbosity()
@@ -206,15 +216,33 @@ def load_whole(path: str, causal: bool, **options: Any) -> Any:
     finally:
         transformers.utils.logging.set_verbosity(verbosity)
     missing = sorted(info["missing_keys"])
-    if missing:
+    lacks_head = missing and not any(name.startswith(f"{model.base_model_prefix}.") for name in missing)
+    if missing and not (new_head and lacks_head):
         raise UserError(
             f"model_name_or_path: the checkpoint {path} lacks weights of the language model, which would be "
             f"random: {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''}; use one that has its LM head"
+            f"{', or begin with a new one (--new_lm_head STEPS)' if lacks_head else ''}"
         )
+    if new_head and not missing:
+        raise UserError(f"new_lm_head: the model {path} has its LM head; leave new_lm_head out")
+    if new_head:
+        model.config.tie_word_embeddings = True
+        model.tie_weights()
+        if not head_parameters(model):
+            raise UserError(
+                f"new_lm_head: the head of a {type(model).__name__} is one matrix, and tied to the embeddings it has "
+                "nothing of its own to learn: set tie_word_embeddings to true in the model's config.json instead"
+            )
     if "attn_implementation" not in options and model.device.type != "meta":  # others may need a GPU
         with as_user_error(f"model_name_or_path: '{path}' can be loaded, but not run"), torch.no_grad():
             model(input_ids=torch.tensor([[0, 1]], device=model.device))["logits"]
     return model
+
+
+def head_parameters(model: Any) -> list[torch.nn.Parameter]:
+    """What a language model has beside its base model."""
+    base = {id(parameter) for parameter in model.base_model.parameters()}
+    return [parameter for parameter in model.parameters() if id(parameter) not in base]
 
 
 def load_tokenizer(path: str, recipe: Recipe) -> Any:

@@ -103,6 +103,7 @@ def model_card(results: Results, directory: Path, repository: str | None = None)
         "## What it learned",
         _table([["domain", "learned", "text", "training documents", "held-out documents"], *_domains(results)]),
         "## How",
+        *_new_head(recipe),
         f"Method: `{'+'.join(recipe['method'])}`. Schedule: {recipe['schedule']}. Training arguments that the recipe "
         "sets:",
         _table([["argument", "value"], *_arguments(recipe)]),
@@ -125,6 +126,17 @@ def model_card(results: Results, directory: Path, repository: str | None = None)
             "far; das-lm takes it from there."
         ]
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
+
+
+def _new_head(recipe: dict[str, Any]) -> list[str]:
+    if "new_lm_head" not in recipe:
+        return []
+    name = _plain(os.path.basename(os.path.normpath(recipe["model_name_or_path"])))
+    return [
+        f"{name} came without an LM head. It got a new one, tied to the embeddings and trained alone at first, for "
+        f"{recipe['new_lm_head']:,} steps on {_bold([entry['name'] for entry in recipe['measure']])}; 'base' below is "
+        "measured with it."
+    ]
 
 
 def _table(rows: list[list[str]]) -> str:

@@ -28,7 +28,7 @@ from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from rich.markup import escape
 from safetensors import SafetensorError
-from transformers.trainer_utils import IntervalStrategy
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from das_lm import __version__, adapters
 from das_lm.cpu import use_all_cores
@@ -43,6 +43,7 @@ from das_lm.evaluation.cache import Cache, fingerprint, model_fingerprint
 from das_lm.evaluation.forgetting import FILE_NAME as RESULTS_NAME
 from das_lm.evaluation.forgetting import Results
 from das_lm.files import (
+    copy_whole,
     is_about_disk,
     newest_checkpoint,
     partial_path,
@@ -51,11 +52,12 @@ from das_lm.files import (
 )
 from das_lm.inputs import data_seed
 from das_lm.interruption import ProcessLost, Signals, check_signals, is_about_processes, is_about_workers
-from das_lm.loading import check_model, is_causal, load_model, load_tokenizer, model_path
+from das_lm.loading import check_model, head_parameters, is_causal, load_model, load_tokenizer, model_path
 from das_lm.methods import METHODS, unread_options, without_effect
 from das_lm.model_card import HubRepository, write_card
 from das_lm.run_directory import (
     ASIDE_NAME,
+    BASE_NAME,
     CURVES_NAME,
     RECIPE_NAME,
     Stage,
@@ -68,6 +70,7 @@ from das_lm.run_directory import (
     open_output,
     stages_of,
     undo_overwriting,
+    with_head,
 )
 from das_lm.terminal import Console
 from das_lm.trainer import STATE_NAME, ContinualTrainer
@@ -256,20 +259,29 @@ def _walk(
                     trainer.model.unload()
             if len(stages) == 1 and (warning := without_effect(trainer.methods)):
                 warn(stages[0].name, warning)
+            if recipe.new_lm_head is not None:
+                general = read.packed(tokenizer, [domain.name for domain in recipe.measure])
+                train_head(model, recipe, general, tokenizer, scratch)
             trainer = measuring_trainer(model, recipe, tokenizer, scratch)
             measured = _measure(trainer, read.held_out(tokenizer)[0], "base", console)
+            if recipe.new_lm_head is not None:
+                _save(trainer, Path(scratch, BASE_NAME), replace(recipe, peft=None), None)
             larger = tokenizer
             for stage in stages:
                 larger = _with_new_words(model, larger, stage, text, recipe)
-        if state.is_main_process:
-            open_output(output, recipe, overwrite)
-            if (output / ASIDE_NAME).is_dir():
-                aside = f"The run before stands in {output / ASIDE_NAME} until '{stages[0].name}' is learned"
-                console.print(aside, soft_wrap=True, markup=False)
-        _keep(results, *measured, {"checkpoint": recipe.model_name_or_path}, 0, output, state, None)
+            if state.is_main_process:
+                open_output(output, recipe, overwrite)
+                if (output / ASIDE_NAME).is_dir():
+                    aside = f"The run before stands in {output / ASIDE_NAME} until '{stages[0].name}' is learned"
+                    console.print(aside, soft_wrap=True, markup=False)
+                if recipe.new_lm_head is not None:
+                    copy_whole(Path(scratch, BASE_NAME), output / BASE_NAME)
+        base = recipe.model_name_or_path if recipe.new_lm_head is None else BASE_NAME
+        _keep(results, *measured, {"checkpoint": base}, 0, output, state, None)
         del model, trainer
         state.wait_for_everyone()
 
+    asked, recipe = recipe, with_head(recipe, output)
     source: str | Path = model_path(recipe)
     for index, stage in enumerate(stages, 1):
         if len(results.stages) > index and stage.is_finished:
@@ -294,7 +306,7 @@ def _walk(
             if before and (told := trainer.check_length(length_of(before, stage, index - 1), checkpoint)):
                 console.print(told, soft_wrap=True, markup=False)
                 if state.is_main_process:
-                    write_text(output / RECIPE_NAME, recipe.to_yaml())
+                    write_text(output / RECIPE_NAME, asked.to_yaml())
             trainer.train(resume_from_checkpoint=checkpoint)
             _save(trainer, stage.directory, recipe, None if stage is stages[0] else Path(source))
             seconds = round(time.perf_counter() - started, 1)
@@ -386,6 +398,36 @@ def measuring_trainer(model: Any, recipe: Recipe, tokenizer: Any, directory: str
         architecture=Architecture.from_dict(recipe.units) if recipe.units else None,
         peft_config=adapters.lora_config(recipe.peft) if bare else None,
     )
+
+
+def train_head(model: Any, recipe: Recipe, text: dict[str, Any], tokenizer: Any, directory: str) -> None:
+    """
+    Train the LM head of a model alone, for `new_lm_head` steps with the recipe's training arguments.
+
+    Args:
+        text: blocks by domain, which are mixed.
+        directory: a temporary one.
+
+    Raises:
+        UserError: the model is sharded.
+    """
+    args = recipe.training_arguments(None, directory)
+    args.max_steps, args.report_to = recipe.new_lm_head, []
+    args.eval_strategy, args.save_strategy = IntervalStrategy.NO, SaveStrategy.NO
+    args.push_to_hub = args.load_best_model_at_end = False
+    masking = labeling(tokenizer, is_causal(recipe), args.mlm_probability)
+    rows = TrainingBlocks(text, masking, data_seed(args), "interleaved")
+    architecture = Architecture.from_dict(recipe.units) if recipe.units else None
+    trainer = ContinualTrainer(
+        model, args, "naive", rows, processing_class=tokenizer, domain="new LM head", architecture=architecture
+    )
+    if trainer.is_sharded:
+        raise UserError("new_lm_head: with fsdp there is no head to train alone; begin with one process, or DDP")
+    model.requires_grad_(False)
+    for parameter in head_parameters(model):
+        parameter.requires_grad_(True)
+    trainer.train()
+    model.requires_grad_(True)
 
 
 def held_out_windows(
@@ -522,8 +564,7 @@ def _save(trainer: ContinualTrainer, directory: Path, recipe: Recipe, before: Pa
 
 
 def _load_text(recipe: Recipe, console: Console) -> dict[str, Documents]:
-    text = {domain.name: domain.load() for domain in recipe.domains}
-    text |= {domain.name: domain.load(measure_only=True) for domain in recipe.measure}
+    text = recipe.load_text()
     for documents in text.values():
         for warning in documents.warnings:
             console.print("[yellow]warning:[/yellow]", escape(warning), soft_wrap=True)

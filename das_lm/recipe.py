@@ -25,6 +25,7 @@ from das_lm.plain_words import describe_type, describe_value, explain, in_plain_
 
 if TYPE_CHECKING:
     from das_lm.config import DASConfig
+    from das_lm.data.domains import Documents
 
 KeyPath = tuple[str | int, ...]
 
@@ -61,6 +62,8 @@ class Recipe:
         peft: Train LoRA adapters instead of all weights: arguments of PEFT's `LoraConfig`; `adapters`, what becomes of
             a domain's (`"merge"` into the model, `"stack"` beside it, or keep every domain's `"apart"`); and
             `load_in_4bit`.
+        new_lm_head: The model is an encoder without its LM head. It gets a new one, tied to the embeddings, which is
+            trained alone for so many steps, on the text of `measure` (of which `held_out` is then split off).
         description: One line for people.
 
     Raises:
@@ -78,6 +81,7 @@ class Recipe:
     attn_implementation: str | None = None
     units: dict[str, Any] | None = None
     peft: dict[str, Any] | None = None
+    new_lm_head: int | None = None
     description: str = ""
 
     @field_validator("model_name_or_path", "output_dir")
@@ -190,6 +194,27 @@ class Recipe:
                     "leave peft out, or write another method, such as das or replay"
                 )
         return check_peft(peft)
+
+    @field_validator("new_lm_head")
+    @classmethod
+    def _check_new_lm_head(cls, steps: int | None, info: ValidationInfo) -> int | None:
+        if steps is None:
+            return None
+        if steps < 1:
+            raise ValueError(f"{steps} must be at least 1: how many steps is the new head trained alone?")
+        if not info.data.get("measure"):
+            raise ValueError("a new head learns from general text before all else; name some as `measure`")
+        for domain in info.data["measure"]:
+            if domain.streaming:
+                raise ValueError(f"it learns from the text of '{domain.name}', which is streamed; leave streaming out")
+        if (info.data.get("peft") or {}).get("adapters", "merge") != "merge":
+            raise ValueError("adapters without their model would lack the head; write adapters: merge")
+        return steps
+
+    def load_text(self) -> dict[str, Documents]:
+        """The text of all domains by name, those that are learned first."""
+        text = {domain.name: domain.load() for domain in self.domains}
+        return text | {one.name: one.load(measure_only=self.new_lm_head is None) for one in self.measure}
 
     def training_arguments(self, domain: Domain | None, output_dir: str, check_device: bool = True) -> DASConfig:
         """The training arguments of the recipe with those of a domain over them.

@@ -10,7 +10,7 @@ import shutil
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +44,7 @@ CURVES_NAME = "tensorboard"
 MARKER_NAME, MARKER_FORMAT = ".das-lm.json", "das_lm.run"
 LOCK_NAME = ".lock"
 ASIDE_NAME = ".overwritten"
+BASE_NAME = "0-base"  # the base model, where it got a new LM head
 STAGE_PATTERN = re.compile(r"\d+-[\w.-]+")
 #: Training arguments that change with the number of processes, and their defaults.
 PER_PROCESS = {
@@ -104,6 +105,23 @@ def stages_of(recipe: Recipe, output: Path) -> list[Stage]:
         ]
     name = "+".join(domain.name for domain in recipe.domains)
     return [Stage(name, list(recipe.domains), output / f"1-{recipe.schedule}")]
+
+
+def with_head(recipe: Recipe, output: Path) -> Recipe:
+    """
+    The recipe whose base model is the one of a run that has its LM head, be it new or not.
+
+    Raises:
+        UserError: it was damaged.
+    """
+    if recipe.new_lm_head is None:
+        return recipe
+    if broken := broken_file(output / BASE_NAME):
+        raise UserError(
+            f"{output / BASE_NAME}, the base model with its new head, is damaged: {broken} is not what was saved; put "
+            "back a copy of the directory, or start a new run"
+        )
+    return replace(recipe, model_name_or_path=str(output / BASE_NAME), new_lm_head=None)
 
 
 def check_output(output: Path, recipe: Recipe, resume: bool, overwrite: bool) -> Recipe | None:
@@ -183,7 +201,8 @@ def open_output(output: Path, recipe: Recipe, overwrite: bool) -> None:
 
 def mark(output: Path, recipe: Recipe) -> None:
     """Write the marker that tells a run, and what it writes, from what else a directory may hold."""
-    _mark(output, [stage.directory.name for stage in stages_of(recipe, output)])
+    base = [] if recipe.new_lm_head is None else [BASE_NAME]
+    _mark(output, [*base, *(stage.directory.name for stage in stages_of(recipe, output))])
 
 
 def _mark(output: Path, stages: list[str]) -> None:

@@ -167,8 +167,7 @@ def check(recipe: Recipe, n: int = N, end_tasks: Mapping[str, str] | None = None
     """
     if n < 2:
         raise UserError(f"--n {n}: write the words of an n-gram, 2 or more; 13 is usual")
-    text = {domain.name: domain.load() for domain in recipe.domains}
-    text |= {domain.name: domain.load(measure_only=True) for domain in recipe.measure}
+    text = recipe.load_text()
     for name, path in (end_tasks or {}).items():
         path = os.path.join(path, "test.jsonl") if os.path.isdir(path) else path
         text[f"{name} (end-task)"] = Domain(name, data=path, min_characters=1).load(measure_only=True)

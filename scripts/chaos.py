@@ -185,11 +185,11 @@ def swap_text(options: list[str], output: Path, text: Path) -> list[str]:
     """Resume a run with another text; what is wrong with how that ends. Nothing, if it has not read it yet."""
     if not (output / RESULTS_NAME).exists():
         return []
-    lines = text.read_bytes()
-    text.write_bytes(lines.replace(b"a", b"o", 1))
+    lines = text.read_text().splitlines(keepends=True)
+    text.write_text("".join(lines[1:]))
     other = Victim(options, output)
     status = other.wait()
-    text.write_bytes(lines)
+    text.write_text("".join(lines))
     is_refused = status == REFUSED and "is not what the run began with" in other.said_last()
     return [] if is_refused else [f"{output.name}: other text is not refused\n{other.said_last()}"]
 
@@ -348,7 +348,7 @@ def main() -> int:
         died_in[found] += 1
         row = [str(kills), str(victims), phase, f"{occurrence}. time + {delay:.2f} s", found, where(output), fault]
         table.add_row(*row)
-        console.print("killed:", "  ".join(row))
+        console.print("killed:", "  ".join(row), soft_wrap=True)
         if fault == "data swapped" and text.exists():
             wrong += swap_text(recipe, output, text)
         if fault == "clock set back":

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Real text: pre-train the tiny built-in model on general text, then take it through biomedicine and computer science,
 # naively at several learning rates and with DAS; with PEFT, LoRA adapters too. DATA holds
-# {general,bio,cs}/{train,heldout}.jsonl.gz; finished runs are not repeated. About half an hour on one core.
+# {general,bio,cs}/{train,heldout}.jsonl.gz; finished runs are not repeated. About an hour on one core.
 #
 #     scripts/real_text.sh DATA OUTPUT [SEED]
 #     MODEL=built-in-causal PEFT='{"r": 8, "lora_alpha": 16, "target_modules": ["c_attn", "c_fc"]}' \
@@ -42,7 +42,7 @@ run base "$output/base.yaml" --method naive --learning_rate 1e-3 --max_steps 150
 
 { echo "domains:"; domain bio; domain cs; echo "measure:"; domain general; } |
     recipe "$output/base/1-general" > "$output/bio_then_cs.yaml"
-for rate in 2.5e-4 5e-4 1e-3; do
+for rate in 2.5e-4 3.5e-4 5e-4 7e-4 1e-3; do
     run "naive-$rate-seed$seed" "$output/bio_then_cs.yaml" --method naive --learning_rate $rate --max_steps 200
 done
 run "masks-1e-3-seed$seed" "$output/bio_then_cs.yaml" --learning_rate 1e-3 --max_steps 200 --contrast_weight 0
@@ -53,7 +53,7 @@ lora() { # NAME, then options
     shift
     run "lora-$name-seed$seed" "$output/bio_then_cs.yaml" --peft "$PEFT" --max_steps 200 "$@"
 }
-for rate in 1e-3 2e-3 4e-3; do
+for rate in 1e-3 1.4e-3 2e-3 2.8e-3 4e-3; do
     lora "naive-$rate" --method naive --learning_rate $rate
 done
 lora masks-4e-3 --learning_rate 4e-3 --contrast_weight 0

@@ -9,25 +9,25 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "Architecture": "das_lm.units.discovery",
-    "ContinualTrainer": "das_lm.trainer",
-    "DASConfig": "das_lm.config",
-    "DASTrainer": "das_lm.trainer",
+    "ContinualTrainer": "das_lm.training.trainer",
+    "DASConfig": "das_lm.training.config",
+    "DASTrainer": "das_lm.training.trainer",
     "Domain": "das_lm.data.domains",
     "Importance": "das_lm.units.importance",
-    "Recipe": "das_lm.recipe",
+    "Recipe": "das_lm.run.recipe",
     "UserError": "das_lm.errors",
-    "continual_pretrain": "das_lm.pretrain",
-    "load_recipe": "das_lm.recipe",
+    "continual_pretrain": "das_lm.run.walk",
+    "load_recipe": "das_lm.run.recipe",
 }
 __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:
-    from das_lm.config import DASConfig
     from das_lm.data.domains import Domain
     from das_lm.errors import UserError
-    from das_lm.pretrain import continual_pretrain
-    from das_lm.recipe import Recipe, load_recipe
-    from das_lm.trainer import ContinualTrainer, DASTrainer
+    from das_lm.run.recipe import Recipe, load_recipe
+    from das_lm.run.walk import continual_pretrain
+    from das_lm.training.config import DASConfig
+    from das_lm.training.trainer import ContinualTrainer, DASTrainer
     from das_lm.units.discovery import Architecture
     from das_lm.units.importance import Importance
 

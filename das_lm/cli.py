@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from das_lm.errors import UserError, did_you_mean, one_line, speaks
 from das_lm.files import is_about_disk
-from das_lm.interruption import readers_may_go
+from das_lm.signals import readers_may_go
 from das_lm.terminal import printable
 
 DESCRIPTION = """\
@@ -367,7 +367,7 @@ def search_lambda(arguments: list[str]) -> None:
         description="Search for λ, the penalty_weight of a method, in several trials, and test what they choose in "
         "others. Training options given here go to all runs; --seed is the seed of the search.",
     )
-    from das_lm.classic import lambda_search as searching
+    from das_lm.classic import search as searching
 
     if ("experiment" in options) == ("recipe" in options):
         raise UserError("give one of --experiment and --recipe: what is it that learns?")
@@ -392,7 +392,7 @@ def search_lambda(arguments: list[str]) -> None:
         about = {"parameters": _experiment_parameters(options), **options, "method": method, "options": training}
         objective = searching.experiment_objective(**about)
     else:
-        from das_lm.recipe import load_recipe
+        from das_lm.run.recipe import load_recipe
 
         options.pop("recipe")
         if options:
@@ -413,7 +413,7 @@ def pretrain(arguments: list[str]) -> None:
         usage="%(prog)s --recipe NAME_OR_PATH [OPTION …]",
         description="Learn the domains of a recipe one after the other. What is given here goes before the recipe.",
     )
-    from das_lm.recipe import load_recipe
+    from das_lm.run.recipe import load_recipe
 
     resume, overwrite, print_only = (
         options.pop(key, False) for key in ("resume", "overwrite_output_dir", "print_recipe")
@@ -424,7 +424,7 @@ def pretrain(arguments: list[str]) -> None:
         print(recipe.to_yaml(), end="")
         return
 
-    from das_lm.pretrain import continual_pretrain
+    from das_lm.run.walk import continual_pretrain
 
     continual_pretrain(recipe, resume=resume, overwrite=overwrite)
 
@@ -440,7 +440,7 @@ def sweep(arguments: list[str]) -> None:
         "them; as in --sweep 'naive: learning_rate=1e-4,3e-4' --sweep 'das: soft_mask_strength=0.5,1'. What is given "
         "here goes before the recipe. The same command again does what is missing.",
     )
-    from das_lm.sweep import sweep
+    from das_lm.run.sweep import sweep
 
     entries, seeds, keep = options.pop("sweep", []), options.pop("seeds", [0, 1, 2]), options.pop("keep_models", False)
     name, overrides = _recipe_and_overrides(SweepOptions, options)
@@ -451,7 +451,7 @@ def sweep(arguments: list[str]) -> None:
 
 def _recipe_and_overrides(kind: type[RecipeOptions], options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """Name or path of the recipe, and what goes before it."""
-    from das_lm.recipe import recipes
+    from das_lm.run.recipe import recipes
 
     if "recipe" not in options:
         raise UserError(f"--recipe is missing; give the path of a .yaml file or one of {', '.join(sorted(recipes()))}")
@@ -482,7 +482,7 @@ def compare(arguments: list[str]) -> None:
     options = parser.parse(arguments)
     from pathlib import Path
 
-    from das_lm.evaluation.compare import compare
+    from das_lm.report.compare import compare
 
     output = options.pop("output_dir")
     comparison = compare(**options)
@@ -503,7 +503,7 @@ def _parse_training(options: type, arguments: list[str], **description: str) -> 
     from transformers import HfArgumentParser, TrainingArguments
     from transformers.hf_argparser import string_to_bool
 
-    from das_lm.config import DASConfig
+    from das_lm.training.config import DASConfig
 
     class Parser(_OneLineErrors, HfArgumentParser):
         pass
@@ -557,8 +557,8 @@ def evaluate(arguments: list[str]) -> None:
         raise UserError("give either --run DIRECTORY, or --checkpoint NAME=PATH, the base model first")
     if run is None and "output_dir" not in options:
         raise UserError("--output_dir is missing; checkpoints have no directory of their own for the results")
-    from das_lm.evaluate import Probes, evaluate_checkpoints, evaluate_run
-    from das_lm.evaluation.end_task import EndTaskConfig
+    from das_lm.measure.end_task import EndTaskConfig
+    from das_lm.run.evaluate import Probes, evaluate_checkpoints, evaluate_run
 
     cloze = [spec if "=" in spec else f"{spec}=built-in:{spec}" for spec in options.get("cloze", [])]
     tuning = {key.removeprefix("end_task_"): value for key, value in options.items() if key.startswith("end_task_")}
@@ -598,7 +598,7 @@ def recipes(arguments: list[str]) -> None:
         pass
 
     Parser(prog="das-lm recipes", description=recipes.__doc__).parse(arguments)
-    from das_lm.recipe import describe_recipes
+    from das_lm.run.recipe import describe_recipes
 
     for name, description in describe_recipes().items():
         print(f"{name:24} {description}")
@@ -635,9 +635,9 @@ def check_data(arguments: list[str]) -> int:
 
     from rich.markup import escape
 
-    from das_lm.data.leakage import check
     from das_lm.files import write_json
-    from das_lm.recipe import load_recipe
+    from das_lm.measure.leakage import check
+    from das_lm.run.recipe import load_recipe
     from das_lm.terminal import Console
 
     given = {key: options[key] for key in ("domain", "measure", "text_column") if options[key]}
@@ -701,7 +701,7 @@ def report(arguments: list[str]) -> None:
     )
     parser.add_argument("--title", help="Title of the page.")
     options = parser.parse(arguments)
-    from das_lm.evaluation.report import write_report
+    from das_lm.report.page import write_report
 
     print(printable(f"Report: {write_report(options['runs'], options['output_dir'], options['title'])}"))
 
@@ -729,8 +729,8 @@ def units(arguments: list[str]) -> None:
     )
     parser.add_argument("--trust_remote_code", action="store_true", help="Run the code that comes with the model.")
     options = parser.parse(arguments)
+    from das_lm.run.inspection import inspect, load_entry
     from das_lm.terminal import Console
-    from das_lm.units.inspection import inspect, load_entry
 
     entry = load_entry(options["entry"]) if options["entry"] else None
     inspection = inspect(options["model"], entry, options["trust_remote_code"])

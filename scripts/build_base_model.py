@@ -37,12 +37,11 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
-from das_lm.data.blocks import HeldOutWindows, PaddingCollator, labeling
-from das_lm.data.embedded import BASE_MODEL, CAUSAL_MODEL, DOMAINS, cloze, documents
-from das_lm.data.embedded.generator import compose
+from das_lm.data.blocks import IGNORED, HeldOutWindows, PaddingCollator, labeling
+from das_lm.data.built_in import BASE_MODEL, CAUSAL_MODEL, DOMAINS, cloze, documents
+from das_lm.data.built_in.generator import compose
 from das_lm.data.packing import special_tokens, windows
-from das_lm.evaluation.probes import cloze_accuracy, load_questions
-from das_lm.objective import IGNORED
+from das_lm.measure.cloze import cloze_accuracy, load_questions
 
 SPECIAL = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "mask_token": "<mask>"}
 MAX_LENGTH = 256

@@ -34,11 +34,11 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 
-from das_lm.data.embedded import documents
-from das_lm.evaluation.forgetting import FILE_NAME as RESULTS_NAME
-from das_lm.evaluation.forgetting import Results
+from das_lm.data.built_in import documents
 from das_lm.files import MANIFEST, is_partial
-from das_lm.run_directory import RECIPE_NAME
+from das_lm.measure.results import FILE_NAME as RESULTS_NAME
+from das_lm.measure.results import Results
+from das_lm.run.directory import RECIPE_NAME
 
 SCRIPT = Path(__file__).with_name("continual_pretrain.py")
 RECIPE = shlex.split("""

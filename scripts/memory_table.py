@@ -28,7 +28,7 @@ from transformers import AutoTokenizer, RobertaConfig, RobertaForMaskedLM, Train
 from transformers.utils import logging
 
 from das_lm import ContinualTrainer, DASConfig
-from das_lm.data.embedded import MODELS
+from das_lm.data.built_in import MODELS
 from das_lm.errors import UserError
 from das_lm.methods import METHODS, Method
 from das_lm.units import Units

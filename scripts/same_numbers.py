@@ -51,18 +51,6 @@ VARIANTS: dict[str, tuple[Any, dict[str, Any]]] = {
 CLASSIC = ["--experiment", "odd_even", "--epochs", "1", "--seeds", "0", "--no-search", "--workers", "1"]
 CLASSIC += ["--method", "naive", "ewc", "si", "replay", "gem"]
 RANKS = ("naive", "das", "ewc", "replay")
-# What accelerate keeps for GPUs, for gloo ranks: sharded parameters.
-SHARDS = """
-from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType
-original = AcceleratorState.__init__
-def init(self, *args, **kwargs):
-    shared = PartialState._shared_state
-    if shared.get("distributed_type") == DistributedType.MULTI_CPU:
-        shared["distributed_type"] = DistributedType.MULTI_GPU
-    original(self, *args, **kwargs)
-AcceleratorState.__init__ = init
-"""
 
 
 def record(output: Path, only: str) -> dict[str, Any]:
@@ -136,10 +124,26 @@ def _pretrain(model: str, method: Any, options: dict[str, Any], output: Path, st
         trainer.DEFAULT_CALLBACKS = defaults
 
 
+def _let_gloo_ranks_shard() -> None:
+    """accelerate keeps FSDP for GPUs; tell it that gloo ranks are such."""
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+
+    original = AcceleratorState.__init__
+
+    def init(self, *args: Any, **kwargs: Any) -> None:
+        shared = PartialState._shared_state
+        if shared.get("distributed_type") == DistributedType.MULTI_CPU:
+            shared["distributed_type"] = DistributedType.MULTI_GPU
+        original(self, *args, **kwargs)
+
+    AcceleratorState.__init__ = init
+
+
 def _in_ranks(kind: str, method: str, output: Path) -> None:
     options: dict[str, Any] = {"per_device_train_batch_size": 2}
     if kind == "fsdp2":
-        exec(SHARDS, {})
+        _let_gloo_ranks_shard()
         options |= {"fsdp": "full_shard", "fsdp_config": {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}}
     _pretrain("built-in", method, options, output)
 

@@ -100,7 +100,7 @@ def _imports_are_no_garbage():
 def _no_report_of_every_run():
     """Drawing takes longer than these runs; `tests/end_to_end` sees the report that ends a recipe."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("das_lm.pretrain._report", lambda output: output / "report.html")
+        patch.setattr("das_lm.run.walk._report", lambda output: output / "report.html")
         yield
 
 

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM, BertModel, LlamaConfig, LlamaModel
 
-from das_lm import pretrain
 from das_lm.cli import main
-from das_lm.evaluation.forgetting import Results
-from das_lm.trainer import ContinualTrainer
+from das_lm.measure.results import Results
+from das_lm.run import walk as pretrain
+from das_lm.training.trainer import ContinualTrainer
 from tests.conftest import VOCABULARY, WORDS, build_tokenizer
 
 SIZES = {

@@ -35,18 +35,18 @@ from torch import nn
 from transformers import PrinterCallback, TrainerCallback
 
 from das_lm import __version__
-from das_lm.classic.report import SUMMARY_NAME, TABLE_NAME, Choice, Report
 from das_lm.classic.tasks import Experiment, Task, TrainingExamples, build_experiment
-from das_lm.config import DASConfig
 from das_lm.data.blocks import SCHEDULES
 from das_lm.errors import NotFinite, UserError, did_you_mean
-from das_lm.evaluation.forgetting import FILE_NAME, Results
 from das_lm.files import write_json
-from das_lm.interruption import Signals, check_signals
+from das_lm.measure.results import FILE_NAME, Results
 from das_lm.methods import METHODS, Method
-from das_lm.recipe import check_training
+from das_lm.report.benchmark import SUMMARY_NAME, TABLE_NAME, Choice, Report
+from das_lm.run.recipe import check_training
+from das_lm.signals import Signals, check_signals
 from das_lm.terminal import Console
-from das_lm.trainer import ContinualTrainer
+from das_lm.training.config import DASConfig
+from das_lm.training.trainer import ContinualTrainer
 
 LANGUAGE_MODELS_ONLY = ("das", "self_replay")
 #: What a search tries of each method, its one main knob; a combination tries the product. Chosen for MLPs of the size

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from das_lm.data.blocks import addressed_seed
 from das_lm.errors import UserError
+from das_lm.randomness import addressed_seed
 
 DIGITS = "digits"
 HUB = "hub:"

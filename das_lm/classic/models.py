@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import skip_init
 
-from das_lm.data.blocks import addressed_seed
 from das_lm.errors import UserError, did_you_mean
+from das_lm.randomness import addressed_seed
 
 ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh, "gelu": nn.GELU}
 

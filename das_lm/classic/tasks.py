@@ -16,8 +16,9 @@ from torch.utils.data import Dataset
 
 from das_lm.classic.images import DIGITS, Images, LabelledImages, load_images, spread
 from das_lm.classic.models import MLP
-from das_lm.data.blocks import TrainingRows, addressed_seed, permutation
+from das_lm.data.blocks import TrainingRows
 from das_lm.errors import UserError, did_you_mean
+from das_lm.randomness import addressed_seed, permutation
 
 SCENARIOS = ("task", "domain", "class")
 

@@ -13,22 +13,13 @@ import torch
 from torch.utils.data import Dataset
 
 from das_lm.errors import UserError, did_you_mean
-from das_lm.objective import IGNORED
+from das_lm.randomness import addressed_seed, permutation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+IGNORED = -100  # the label of a token that is not predicted
 SCHEDULES = ("sequential", "alternating", "interleaved")
-
-
-def addressed_seed(*address: Any) -> int:
-    """A 64-bit seed that is a pure function of its address, on every machine: (seed, domain, epoch, block), …"""
-    return int.from_bytes(hashlib.blake2b(repr(address).encode(), digest_size=8).digest(), "little")
-
-
-def permutation(length: int, *address: Any) -> np.ndarray:
-    """A permutation that is a pure function of its address."""
-    return np.random.Generator(np.random.Philox(addressed_seed(*address))).permutation(length)
 
 
 class MLMMasking:

@@ -137,7 +137,7 @@ class Domain:
                 if data_kind(entry) != "files":
                     raise ValueError(f"'{entry}' cannot stand in a list; a list holds paths only")
         elif data_kind(data) == "built-in":
-            from das_lm.data.embedded import DOMAINS
+            from das_lm.data.built_in import DOMAINS
 
             name = data.partition(":")[2] or info.data.get("name", DOMAINS[0])
             if name not in DOMAINS:
@@ -314,9 +314,9 @@ class Domain:
 
         from datasets import Dataset
 
-        from das_lm.data import embedded
+        from das_lm.data import built_in
 
-        documents = embedded.documents(data.partition(":")[2] or self.name, split)
+        documents = built_in.documents(data.partition(":")[2] or self.name, split)
         return Dataset.from_list([to_row(document["text"]) for document in documents[:limit]])
 
     def _open_hub(self, source: str, split: str) -> Dataset | IterableDataset:

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from das_lm.data.blocks import permutation
 from das_lm.methods.memory import Reservoir
 from das_lm.methods.replay import Replay
+from das_lm.randomness import permutation
 
 if TYPE_CHECKING:
-    from das_lm.trainer import ContinualTrainer
+    from das_lm.training.trainer import ContinualTrainer
 
 
 class AGEM(Replay):

@@ -15,7 +15,7 @@ from das_lm.files import write_tensors
 from das_lm.units.sharding import is_sharded, local, named_parameters, own_slice, whole
 
 if TYPE_CHECKING:
-    from das_lm.trainer import ContinualTrainer
+    from das_lm.training.trainer import ContinualTrainer
 
 
 Tensors = dict[str, torch.Tensor]  # name of a parameter -> tensor of its shape
@@ -142,7 +142,7 @@ class Method:
 
         Args:
             batch: the domain's own rows.
-            outputs: of all rows, the domain's own first; see `das_lm.objective.Output`.
+            outputs: of all rows, the domain's own first; see `das_lm.model.objective.Output`.
         """
         return {}
 

@@ -11,17 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from das_lm.data.blocks import addressed_seed
+from das_lm.data.blocks import IGNORED
 from das_lm.errors import UserError
 from das_lm.methods.base import MEASURING, Method
-from das_lm.objective import IGNORED, Output, has_active_dropout, run_language_model
+from das_lm.model.objective import Output, has_active_dropout, run_language_model
+from das_lm.randomness import addressed_seed
 from das_lm.units.contrast import contrastive_loss, mean_pool
 from das_lm.units.gates import gated
 from das_lm.units.importance import FILE_NAME, Importance, measure_importance
 from das_lm.units.soft_mask import SoftMask, check_adapter, check_optimizer
 
 if TYPE_CHECKING:
-    from das_lm.trainer import ContinualTrainer
+    from das_lm.training.trainer import ContinualTrainer
 
 logger = logging.getLogger(__name__)
 

@@ -10,11 +10,11 @@ import torch
 from das_lm.methods.base import MEASURING
 from das_lm.methods.penalty import Penalty, Tensors
 from das_lm.methods.per_example import PerExample
-from das_lm.objective import Output
+from das_lm.model.objective import Output
 from das_lm.units.sharding import in_step
 
 if TYPE_CHECKING:
-    from das_lm.trainer import ContinualTrainer
+    from das_lm.training.trainer import ContinualTrainer
 
 FISHER_EPOCH = -3  # address of the rows that the Fisher is measured on
 

@@ -14,7 +14,7 @@ from das_lm.methods.base import Method
 from das_lm.methods.memory import Reservoir
 
 if TYPE_CHECKING:
-    from das_lm.trainer import ContinualTrainer
+    from das_lm.training.trainer import ContinualTrainer
 
 
 class GEM(Method):

@@ -11,10 +11,10 @@ from torch import nn
 
 from das_lm.methods.base import Method
 from das_lm.methods.teacher import Teacher
-from das_lm.objective import Output
+from das_lm.model.objective import Output
 
 if TYPE_CHECKING:
-    from das_lm.trainer import ContinualTrainer
+    from das_lm.training.trainer import ContinualTrainer
 
 
 class LwF(Method):

@@ -5,7 +5,7 @@ import torch
 from das_lm.methods.base import MEASURING
 from das_lm.methods.ewc import FISHER_EPOCH, per_row_mean
 from das_lm.methods.penalty import Penalty, Tensors
-from das_lm.objective import Output
+from das_lm.model.objective import Output
 
 
 class MAS(Penalty):

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from das_lm.data.blocks import addressed_seed
 from das_lm.data.packing import longest_input
+from das_lm.randomness import addressed_seed
 
 if TYPE_CHECKING:
-    from das_lm.trainer import ContinualTrainer
+    from das_lm.training.trainer import ContinualTrainer
 
 #: Rows that are drawn for at once.
 AT_ONCE = 1 << 20

@@ -9,13 +9,13 @@ import torch
 from torch import nn
 from torch.autograd.graph import get_gradient_edge
 
+from das_lm.data.blocks import IGNORED
 from das_lm.errors import UserError
 from das_lm.methods.base import MEASURING, Method, Tensors
 from das_lm.methods.ewc import FISHER_EPOCH, fisher, sampled_targets
-from das_lm.objective import IGNORED
 
 if TYPE_CHECKING:
-    from das_lm.trainer import ContinualTrainer
+    from das_lm.training.trainer import ContinualTrainer
 
 CHANGE_A_STEP = ("change_gradient", "before_step", "mask_step")  # moments of a method
 COUNTED_ROWS = 100  # from which the predictions of a domain of text are estimated

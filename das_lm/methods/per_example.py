@@ -95,7 +95,7 @@ class PerExample:
                 if the batch shows that further parameters must take the slow way.
             flattened: a module, and the example that each of its inputs comes from, shape [predictions]. From the call
                 of this module on, the first axis are predictions, of all examples together: the LM head in
-                `das_lm.objective.run_language_model`.
+                `das_lm.model.objective.run_language_model`.
             counts: whether the batch does, or is run only because other processes run one; see
                 `das_lm.units.sharding.in_step`.
 

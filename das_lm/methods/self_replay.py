@@ -9,14 +9,15 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
+from das_lm.data.blocks import IGNORED
 from das_lm.data.packing import special_tokens, start_token
 from das_lm.errors import UserError
 from das_lm.methods.replay import Replay
 from das_lm.methods.teacher import Teacher
-from das_lm.objective import IGNORED, Output
+from das_lm.model.objective import Output
 
 if TYPE_CHECKING:
-    from das_lm.trainer import ContinualTrainer
+    from das_lm.training.trainer import ContinualTrainer
 
 GROUPS = 7  # of a block's tokens, drawn anew one after the other: about as much is masked at a time as in training
 

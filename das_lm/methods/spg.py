@@ -12,7 +12,7 @@ from das_lm.units.importance import normalize
 from das_lm.units.soft_mask import ParameterMask, check_optimizer
 
 if TYPE_CHECKING:
-    from das_lm.trainer import ContinualTrainer
+    from das_lm.training.trainer import ContinualTrainer
 
 
 class SPG(Method):

@@ -10,10 +10,10 @@ import torch
 
 from das_lm.errors import UserError
 from das_lm.methods.base import taken
-from das_lm.objective import Output
+from das_lm.model.objective import Output
 
 if TYPE_CHECKING:
-    from das_lm.trainer import ContinualTrainer
+    from das_lm.training.trainer import ContinualTrainer
 
 
 class Teacher:

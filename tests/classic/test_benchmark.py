@@ -13,7 +13,7 @@ import pytest
 import torch
 from scipy import stats
 
-from das_lm.classic import Examples, plots
+from das_lm.classic import Examples
 from das_lm.classic import benchmark as module
 from das_lm.classic.benchmark import (
     GRIDS,
@@ -27,15 +27,16 @@ from das_lm.classic.benchmark import (
     learn_all,
 )
 from das_lm.classic.models import MLP
-from das_lm.classic.report import SUMMARY_NAME, TABLE_NAME, Choice, Report
 from das_lm.classic.tasks import EXPERIMENTS, Experiment, Task
 from das_lm.cli import main
 from das_lm.errors import UserError
-from das_lm.evaluation.forgetting import FILE_NAME, Results
-from das_lm.evaluation.intervals import Estimate
-from das_lm.interruption import Interrupted
+from das_lm.measure.intervals import Estimate
+from das_lm.measure.results import FILE_NAME, Results
 from das_lm.methods import METHODS
-from das_lm.trainer import ContinualTrainer
+from das_lm.report import benchmark_plots as plots
+from das_lm.report.benchmark import SUMMARY_NAME, TABLE_NAME, Choice, Report
+from das_lm.signals import Interrupted
+from das_lm.training.trainer import ContinualTrainer
 
 
 def tiny(seed: int = 0, measure: str = "accuracy", poison: bool = False) -> Experiment:
@@ -323,7 +324,7 @@ def test_grid_of_a_combination_is_the_product():
 
 
 def test_every_grid_names_a_method_and_a_field():
-    from das_lm.config import DASConfig
+    from das_lm.training.config import DASConfig
 
     fields = {field.name for field in dataclasses.fields(DASConfig)}
     assert {*GRIDS, *NEEDS, *LANGUAGE_MODELS_ONLY} <= set(METHODS)

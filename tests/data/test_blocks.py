@@ -10,8 +10,9 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from das_lm.data.blocks import HeldOutWindows, MLMMasking, PaddingCollator, TrainingBlocks, addressed_seed
+from das_lm.data.blocks import HeldOutWindows, MLMMasking, PaddingCollator, TrainingBlocks
 from das_lm.errors import UserError
+from das_lm.randomness import addressed_seed
 from tests.conftest import BOS, EOS, MASK, PAD, SPECIAL_TOKENS, VOCABULARY, random_blocks
 
 IGNORED = -100

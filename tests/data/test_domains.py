@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from das_lm.cli import main
+from das_lm.data.built_in import documents
 from das_lm.data.domains import Domain
-from das_lm.data.embedded import documents
 from das_lm.errors import UserError
 
 TEXTS = [f"This is document number {i} of a small collection." for i in range(40)]
@@ -393,9 +393,9 @@ def test_bad_files(case, capsys, monkeypatch):
     assert message in str(error.value)
 
     # the same from the command line: one message, status 2
-    walk = types.ModuleType("das_lm.pretrain")
+    walk = types.ModuleType("das_lm.run.walk")
     walk.continual_pretrain = lambda recipe, **kwargs: recipe.domains[0].load()
-    monkeypatch.setitem(sys.modules, "das_lm.pretrain", walk)
+    monkeypatch.setitem(sys.modules, "das_lm.run.walk", walk)
     recipe = {"model_name_or_path": "built-in", "output_dir": "out", "domains": [arguments]}
     assert main(["pretrain", "--recipe", write("recipe.yaml", json.dumps(recipe))]) == 2
     assert f"das-lm: error: {error.value}\n" in capsys.readouterr().err

@@ -18,13 +18,14 @@ from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 from das_lm import ContinualTrainer, DASConfig
 from das_lm.cli import main
 from das_lm.data import domains, streaming
-from das_lm.data.blocks import TrainingBlocks, labeling, permutation
+from das_lm.data.blocks import TrainingBlocks, labeling
 from das_lm.data.domains import Domain
 from das_lm.data.packing import pack
 from das_lm.data.streaming import DocumentStream, TrainingStream
 from das_lm.errors import UserError
-from das_lm.evaluation.forgetting import Results
-from das_lm.recipe import load_recipe
+from das_lm.measure.results import Results
+from das_lm.randomness import permutation
+from das_lm.run.recipe import load_recipe
 from tests.conftest import WORDS, build_tokenizer, tiny_roberta
 from tests.data.test_packing import make_documents, make_tokenizer
 

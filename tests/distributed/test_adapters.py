@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import load_file
 
 from das_lm.cli import main
-from das_lm.evaluation.forgetting import Results
+from das_lm.measure.results import Results
 from tests.conftest import tiny_roberta
 from tests.distributed import run_in_two_processes
-from tests.test_pretrain import _save, world  # noqa: F401 (world is a fixture)
+from tests.run.test_walk import _save, world  # noqa: F401 (world is a fixture)
 
 SCRIPT = """
 import sys

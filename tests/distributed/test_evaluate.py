@@ -9,10 +9,10 @@ import sys
 import pytest
 
 from das_lm.cli import main
-from das_lm.evaluation.forgetting import Results
+from das_lm.measure.results import Results
 from tests.end_to_end.test_command_line import ROOT
-from tests.test_evaluate import probes  # noqa: F401 (a fixture)
-from tests.test_pretrain import finished, world  # noqa: F401 (fixtures)
+from tests.run.test_evaluate import probes  # noqa: F401 (a fixture)
+from tests.run.test_walk import finished, world  # noqa: F401 (fixtures)
 
 
 def test_two_processes_measure_what_one_does(finished, probes, tmp_path):  # noqa: F811

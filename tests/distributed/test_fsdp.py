@@ -24,17 +24,17 @@ from transformers import AutoModelForMaskedLM
 from das_lm import ContinualTrainer, DASConfig
 from das_lm.cli import main
 from das_lm.errors import UserError
-from das_lm.evaluation.cache import model_fingerprint
-from das_lm.evaluation.forgetting import Results
 from das_lm.files import broken_file
+from das_lm.measure.cache import model_fingerprint
+from das_lm.measure.results import Results
 from das_lm.methods import METHODS
 from das_lm.units import Units
 from das_lm.units.sharding import local, named_parameters, own_slice, whole
 from das_lm.units.soft_mask import SoftMask
 from tests.conftest import build_tokenizer, random_batch, random_blocks, tiny_roberta
 from tests.distributed import run_in_two_processes
-from tests.test_causal import tiny_gpt2, tiny_llama
-from tests.test_pretrain import _save, world  # noqa: F401 (world is a fixture)
+from tests.model.test_causal import tiny_gpt2, tiny_llama
+from tests.run.test_walk import _save, world  # noqa: F401 (world is a fixture)
 
 #: One domain. Without dropout: the views differ by drops through the gates, which are addressed by example. The masked
 #: language model has its embeddings tied to the head, GPT-2 too, and Llama not.
@@ -275,7 +275,7 @@ def walk(output, recipe, model):
     options += ["--per_device_train_batch_size", str(4 // int(os.environ.get("WORLD_SIZE", "1")))]
     with pytest.MonkeyPatch.context() as patch:
         if "WORLD_SIZE" in os.environ:
-            patch.setattr("das_lm.pretrain._report", lambda output: output / "report.html")
+            patch.setattr("das_lm.run.walk._report", lambda output: output / "report.html")
             patch.setenv("ACCELERATE_USE_FSDP", "true")
             patch.setenv("FSDP_VERSION", "2")
             patch.setenv("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")

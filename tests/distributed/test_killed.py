@@ -13,7 +13,7 @@ import pytest
 from das_lm.files import broken_file
 from tests.conftest import tiny_roberta
 from tests.end_to_end.test_command_line import ROOT, _losses
-from tests.test_pretrain import _run, _save, world  # noqa: F401 (a fixture)
+from tests.run.test_walk import _run, _save, world  # noqa: F401 (a fixture)
 
 
 class Launched:

@@ -6,10 +6,10 @@ import sys
 
 from transformers import AutoModelForMaskedLM
 
-from das_lm.evaluation.forgetting import Results
 from das_lm.files import broken_file
+from das_lm.measure.results import Results
 from tests.end_to_end.test_command_line import ROOT
-from tests.test_pretrain import world  # noqa: F401 (a fixture)
+from tests.run.test_walk import world  # noqa: F401 (a fixture)
 
 
 def test_two_processes_walk_a_recipe(world, tmp_path):  # noqa: F811

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from das_lm.cli import main
-from das_lm.evaluation.forgetting import Results
+from das_lm.measure.results import Results
 from tests.conftest import tiny_roberta
-from tests.test_pretrain import _run, _save, world  # noqa: F401 (world is a fixture)
+from tests.run.test_walk import _run, _save, world  # noqa: F401 (world is a fixture)
 
 ROOT = Path(__file__).parents[2]
 

@@ -17,19 +17,22 @@ from typing import Any
 
 import pytest
 
-from das_lm import ContinualTrainer, DASConfig, pretrain, run_directory, trainer
+from das_lm import ContinualTrainer, DASConfig
 from das_lm.cli import main
 from das_lm.data.domains import Domain
 from das_lm.errors import UserError
-from das_lm.evaluation.cache import Cache
-from das_lm.evaluation.forgetting import Results
 from das_lm.files import broken_file
-from das_lm.interruption import Interrupted, Signals, check_signals
+from das_lm.measure.cache import Cache
+from das_lm.measure.results import Results
 from das_lm.methods import DAS
-from das_lm.run_directory import locked
+from das_lm.run import directory as run_directory
+from das_lm.run import walk as pretrain
+from das_lm.run.directory import locked
+from das_lm.signals import Interrupted, Signals, check_signals
+from das_lm.training import trainer
 from tests.conftest import build_tokenizer, random_blocks, tiny_roberta
-from tests.test_pretrain import _run, finished, world  # noqa: F401 (fixtures)
-from tests.test_scripts import load
+from tests.end_to_end.test_scripts import load
+from tests.run.test_walk import _run, finished, world  # noqa: F401 (fixtures)
 
 
 @pytest.fixture(autouse=True)
@@ -251,7 +254,7 @@ def test_a_launcher_that_passes_ctrl_c_on_is_no_second_signal(monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
         assert signals.received == signal.SIGINT
-        monkeypatch.setattr("das_lm.interruption.PASSED_ON", 0.0)
+        monkeypatch.setattr("das_lm.signals.PASSED_ON", 0.0)
         with pytest.raises(Interrupted):
             os.kill(os.getpid(), signal.SIGINT)
 

@@ -56,13 +56,13 @@ def nothing_trains() -> Iterator[None]:
     """Whatever would train raises [`Begun`]; figures are drawn, and not saved."""
     with contextlib.ExitStack() as stack:
         for name in (
-            "das_lm.trainer.ContinualTrainer.train",
+            "das_lm.training.trainer.ContinualTrainer.train",
             "das_lm.classic.benchmark.learn_all",
-            "das_lm.classic.lambda_search._Trial.measure",
-            "das_lm.evaluate.fine_tune",
+            "das_lm.classic.search._Trial.measure",
+            "das_lm.run.evaluate.fine_tune",
         ):
             stack.enter_context(mock.patch(name, side_effect=Begun))
-        stack.enter_context(mock.patch("das_lm.evaluation.figures.Drawing.save"))  # slow; drawn they are
+        stack.enter_context(mock.patch("das_lm.report.figures.Drawing.save"))  # slow; drawn they are
         yield
 
 

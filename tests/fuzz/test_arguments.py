@@ -7,11 +7,11 @@ import typing
 import pytest
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from das_lm.config import BOUNDS, CHOICES, DASConfig
 from das_lm.data.domains import Domain
 from das_lm.errors import UserError
-from das_lm.recipe import Recipe, load_recipe
-from das_lm.trainer import ContinualTrainer
+from das_lm.run.recipe import Recipe, load_recipe
+from das_lm.training.config import BOUNDS, CHOICES, DASConfig
+from das_lm.training.trainer import ContinualTrainer
 from tests.conftest import build_tokenizer, random_blocks, tiny_roberta
 from tests.fuzz.mutations import ODD_VALUES
 
@@ -114,7 +114,7 @@ def test_packages_that_this_machine_lacks(tmp_path, monkeypatch):
 
     monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "wandb", lacks)
     monkeypatch.setattr("transformers.Trainer.get_optimizer_cls_and_kwargs", lacks)
-    monkeypatch.setattr("das_lm.config.is_liger_kernel_available", lambda: False)
+    monkeypatch.setattr("das_lm.training.config.is_liger_kernel_available", lambda: False)
     for training, message in (
         ({"report_to": ["wandb"]}, "report_to: 'wandb' is not installed, or not whole: pip install it"),
         ({"optim": "adamw_8bit", "optim_target_modules": "x"}, "optim: 'adamw_8bit': pip install it"),

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from das_lm.config import DASConfig
 from das_lm.errors import UserError
 from das_lm.methods import METHODS
-from das_lm.trainer import ContinualTrainer
+from das_lm.training.config import DASConfig
+from das_lm.training.trainer import ContinualTrainer
 from tests.conftest import build_tokenizer, random_blocks, tiny_roberta
 from tests.fuzz.harness import World
 from tests.fuzz.mutations import (

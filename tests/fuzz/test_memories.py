@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from das_lm.config import DASConfig
 from das_lm.errors import UserError
-from das_lm.trainer import ContinualTrainer
+from das_lm.training.config import DASConfig
+from das_lm.training.trainer import ContinualTrainer
 from tests.conftest import VOCABULARY, build_tokenizer, random_blocks, tiny_roberta
 from tests.fuzz.mutations import bad_bytes, bad_tensors
 

@@ -9,7 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from das_lm.methods.per_example import PerExample
-from das_lm.objective import run_language_model
+from das_lm.model.objective import run_language_model
 from das_lm.units import Units
 from tests.conftest import random_batch, tiny_roberta
 from tests.units.test_architectures import CONFIGS, build, hooks

@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 from das_lm import ContinualTrainer, DASConfig
-from das_lm.data.blocks import MLMMasking, TrainingBlocks, TrainingRows, addressed_seed
+from das_lm.data.blocks import MLMMasking, TrainingBlocks, TrainingRows
 from das_lm.errors import UserError
 from das_lm.methods import EMA, METHODS, Interpolate, LwF, Replay, SelfReplay
 from das_lm.methods.agem import memory_gradient
 from das_lm.methods.memory import Reservoir
+from das_lm.randomness import addressed_seed
 from tests.conftest import BOS, EOS, MASK, VOCABULARY, build_tokenizer, random_blocks, tiny_roberta
 from tests.methods.test_every_method import Classifier, equal, parameters, rows
 

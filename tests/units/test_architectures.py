@@ -35,13 +35,13 @@ from transformers import (
 )
 
 from das_lm.errors import UserError
-from das_lm.objective import run_language_model
+from das_lm.model.objective import run_language_model
+from das_lm.run.inspection import build_model
 from das_lm.units import ARCHITECTURES, Architecture, Slice, Units, gated
 from das_lm.units.contract import check_contract, randomize
 from das_lm.units.discovery import _neuron_owners, head_owners, is_transposed
 from das_lm.units.gates import ones
 from das_lm.units.importance import Importance
-from das_lm.units.inspection import build_model
 from tests.conftest import BOS, EOS, PAD, VOCABULARY, random_batch, tiny_roberta
 
 HIDDEN, HEADS, INTERMEDIATE, LAYERS = 32, 4, 64, 2

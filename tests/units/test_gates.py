@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from das_lm.objective import run_language_model
+from das_lm.model.objective import run_language_model
 from das_lm.units import Units, gated
 from das_lm.units.gates import ones
 from tests.conftest import random_batch, tiny_roberta

@@ -14,7 +14,7 @@ from transformers import BertConfig, BertForMaskedLM
 
 from das_lm.data.blocks import MLMMasking, PaddingCollator, TrainingBlocks
 from das_lm.errors import UserError
-from das_lm.objective import run_language_model
+from das_lm.model.objective import run_language_model
 from das_lm.units import Architecture, Units
 from das_lm.units.importance import FILE_NAME, Importance, measure_importance, normalize
 from tests.conftest import VOCABULARY, random_batch, random_blocks, tiny_roberta

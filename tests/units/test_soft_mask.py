@@ -7,8 +7,8 @@ import torch
 from transformers.training_args import OptimizerNames
 
 from das_lm import DASConfig, DASTrainer, Importance
-from das_lm.config import FUSED_WITH_BACKWARD
 from das_lm.errors import UserError
+from das_lm.training.config import FUSED_WITH_BACKWARD
 from das_lm.units import Units
 from das_lm.units.soft_mask import REFUSED_OPTIMIZERS, SoftMask, check_optimizer
 from tests.conftest import random_blocks, tiny_roberta

@@ -1,0 +1,1 @@
+"""What a batch asks of a model: the objective, adapters."""

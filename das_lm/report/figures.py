@@ -1,0 +1,622 @@
+"""Figures of the report, drawn from what stands in `forgetting.json`; beside each the same as a table."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib import style
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from das_lm.files import write_text
+from das_lm.measure.intervals import Estimate
+from das_lm.measure.results import LOWER_IS_BETTER, MEASURES, PROBES, Results
+from das_lm.report.benchmark_plots import FLOOR, STYLES, plot_final, plot_predictions, plot_tasks
+from das_lm.terminal import printable
+
+if TYPE_CHECKING:
+    from das_lm.report.benchmark import Report
+
+#: Rows of cells, the first the header.
+Rows = list[list[str]]
+
+WIDTH = 8.0  # inches
+BETTER, WORSE, INK, GREY = "#0072B2", "#D55E00", "black", "0.45"
+TINT = 0.55  # of the strongest cell: the number in it stays legible in black on white and in white on black
+KINDS = {"head": "attention heads", "intermediate": "intermediate neurons", "output": "output neurons"}
+#: Whatever the user's own matplotlibrc says; a `$` in a name is a dollar, and the same run gives the same file.
+STYLE = {
+    "text.parse_math": False,
+    "svg.hashsalt": "das_lm",
+    "svg.fonttype": "path",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+}
+
+
+class Strong(str):
+    """A cell that stands out."""
+
+
+@dataclass
+class Drawing:
+    """
+    A figure, and its numbers.
+
+    Args:
+        name: of its files, without a suffix.
+        title: what it shows.
+        caption: how it is to be read.
+        figure: the figure.
+        tables: title -> rows.
+        svg: the figure as it goes into a page, see [`inline_svg`]; after [`save`].
+    """
+
+    name: str
+    title: str
+    caption: str
+    figure: Figure
+    tables: dict[str, Rows] = field(default_factory=dict)
+    svg: str = ""
+
+    def save(self, directory: Path, name: str) -> None:
+        """Write `NAME.png` and `NAME.svg`, each whole or not at all; all that then remains of the figure is `svg`."""
+        temporary = directory / f".{name}.{os.getpid()}"
+        try:
+            with drawing_style():
+                self.figure.savefig(temporary, format="png", dpi=150)
+                os.replace(temporary, directory / f"{name}.png")
+                self.figure.set_layout_engine("none")  # it has been laid out
+                self.figure.savefig(temporary, format="svg", metadata={"Date": None})
+            text = printable(temporary.read_text(encoding="utf-8"))  # comments repeat what is drawn
+        finally:
+            temporary.unlink(missing_ok=True)
+        write_text(directory / f"{name}.svg", text)
+        self.svg = inline_svg(text, name)
+        self.figure.clear()
+
+
+def drawing_style() -> AbstractContextManager[None]:
+    """What figures are made and saved in."""
+    return style.context(["default", STYLE])
+
+
+def inline_svg(text: str, prefix: str) -> str:
+    """
+    An SVG by matplotlib for a page with others, light or dark.
+
+    Black, white and greys become mixtures of the page's `--ink` and `--paper`, ids begin with `prefix`, and comments
+    go, in which matplotlib repeats what it has drawn as glyphs.
+    """
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'\bid="', f'id="{prefix}-', text)
+    text = re.sub(r'href="#', f'href="#{prefix}-', text).replace("url(#", f"url(#{prefix}-")
+
+    def mixture(match: re.Match[str]) -> str:
+        return f"color-mix(in srgb, var(--ink) {100 - int(match[1], 16) / 2.55:.0f}%, var(--paper))"
+
+    return re.sub(r"(?<=: )#([0-9a-f]{2})\1\1\b", mixture, text)
+
+
+def draw(results: Results) -> list[Drawing]:
+    """All figures of a run for which it holds the numbers; they are made in [`drawing_style`]."""
+    drawings = [result_matrix(results, measure) for measure in results.measures]
+    trained = results.stages[1:]
+    if all("step" in stage for stage in trained) and trained:
+        drawings.append(held_out_curves(results))
+        if any("history" in stage for stage in trained):
+            drawings += loss_parts(results)
+    if any("curve" in stage for stage in trained):
+        drawings.append(task_curves(results))
+    if any("predictions" in stage for stage in trained):
+        drawings.append(predictions(results))
+    if any("importance" in stage for stage in trained):
+        drawings += [*importance_maps(results), *overlap(results)]
+    if any("mean_importance" in stage for stage in trained):
+        drawings.append(saturation(results))
+    return drawings
+
+
+# ---- scores ---------------------------------------------------------------------------------------------------------
+
+
+def score(value: float, measure: str) -> str:
+    """A score as text."""
+    return f"{value:{MEASURES[measure][1]}}".replace("-", "−")
+
+
+def change(value: float, measure: str) -> str:
+    """A difference of scores as text; of shares in percentage points."""
+    is_share = MEASURES[measure][1].endswith("%")
+    return (f"{100 * value:+.1f}\N{NO-BREAK SPACE}pp" if is_share else f"{value:+.3f}").replace("-", "−")
+
+
+def between(ends: Sequence[float], write: Any, measure: str) -> str:
+    """An interval as text, by [`score`] or [`change`]."""
+    low, high = (write(end, measure) for end in ends)
+    return f"[{low},\N{NO-BREAK SPACE}{high}]"
+
+
+def short(name: str, length: int = 22) -> str:
+    """A name as it fits into a figure."""
+    name = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in name)
+    return name if len(name) <= length else f"{name[: length - 1]}…"
+
+
+def result_matrix(results: Results, measure: str) -> Drawing:
+    """A heat map: stages below each other, what is measured beside each other, colour against the base model."""
+    columns, matrix = results.columns(measure), results.matrix(measure)
+    better = (matrix[0] - matrix) if measure in LOWER_IS_BETTER else matrix - matrix[0]  # [1 + stages, columns]
+    span = np.abs(better).max()
+    names = [short(name) for name in columns]
+    stages = [f"after {short(stage['name'])}" if number else "base" for number, stage in enumerate(results.stages)]
+    letter = 0.075  # inches, about
+    beside, longest = 0.4 + letter * max(map(len, stages)), letter * max(map(len, names))
+    slanted = beside + (longest + 0.2) * len(names) > WIDTH
+    column_width = 0.95 if slanted else max(0.95, longest + 0.2)
+    width = beside + column_width * len(names) + 0.8 * letter * len(names[-1]) * slanted
+    height = 0.6 + 0.34 * len(stages) + 0.5 * longest * slanted
+    figure = Figure(figsize=(min(WIDTH, width), height), layout="constrained")
+    axes = figure.subplots()
+    for row, column in np.ndindex(matrix.shape):
+        strength = better[row, column] / span if span else 0.0
+        is_own = list(columns.values())[column] == row
+        _tile(axes, row, column, strength, score(matrix[row, column], measure), is_own)
+    _tile_axes(axes, names, stages, slanted)
+    name, unit = MEASURES[measure][0], f", {results.unit}" if measure == "loss" else ""
+    table = [["after", *(name if stage else f"{name} (never learned)" for name, stage in columns.items())]]
+    for number, stage in enumerate(results.stages):
+        cells = [_with_interval(stage, column, matrix[number, at], measure) for at, column in enumerate(columns)]
+        own = [stage == number for stage in columns.values()]
+        table.append([stage["name"], *(Strong(c) if o else c for c, o in zip(cells, own, strict=True))])
+    has_intervals = any("[" in cell or "±" in cell for row in table[1:] for cell in row[1:])
+    return Drawing(
+        f"matrix-{measure.replace('_', '-')}",
+        f"Result matrix: {name}{unit}",
+        f"{'Lower' if measure == 'loss' else 'Higher'} is better. Blue: better than the base model; orange: worse; "
+        f"the strongest colour is a difference of {change(span, measure).lstrip('+')}. Framed: the stage that learned "
+        "it." + (" In brackets: 95 % interval." if has_intervals else ""),
+        figure,
+        {"": table},
+    )
+
+
+def _with_interval(stage: Mapping[str, Any], column: str, value: float, measure: str) -> str:
+    text = score(value, measure)
+    if measure == "end_task":
+        half = Estimate.of(stage["end_tasks"][column]["macro_f1"]).half
+        return text if half is None else f"{text} ± {score(half, measure)}"
+    if measure in PROBES:
+        ends = stage["cloze"][column].get("interval")
+    else:
+        ends = stage.get("intervals", {}).get(column, {}).get(measure)
+    return f"{text} {between(ends, score, measure)}" if ends else text
+
+
+def _tile(
+    axes: Axes, row: int, column: int, strength: float, text: str, framed: bool = False, size: float = 9
+) -> None:
+    """A cell of a heat map: a strength of −1 … 1."""
+    colour = BETTER if strength > 0 else WORSE
+    axes.add_patch(Rectangle((column + 0.02, row + 0.03), 0.96, 0.94, color=colour, alpha=TINT * abs(strength), lw=0))
+    if framed:
+        axes.add_patch(Rectangle((column + 0.03, row + 0.05), 0.94, 0.9, fill=False, edgecolor=INK, lw=1.2))
+    axes.text(
+        column + 0.5,
+        row + 0.5,
+        text,
+        ha="center",
+        va="center_baseline",
+        fontsize=size,
+        weight="bold" if framed else "normal",
+    )
+
+
+def _tile_axes(axes: Axes, columns: Sequence[str], rows: Sequence[str], slanted: bool) -> None:
+    axes.set(xlim=(0, len(columns)), ylim=(len(rows), 0))
+    axes.xaxis.tick_top()
+    turned = {"rotation": 30, "ha": "left", "rotation_mode": "anchor"} if slanted else {}
+    axes.set_xticks(np.arange(len(columns)) + 0.5, columns, **turned)
+    axes.set_yticks(np.arange(len(rows)) + 0.5, rows)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+
+
+# ---- curves ---------------------------------------------------------------------------------------------------------
+
+
+def _ends(results: Results) -> np.ndarray:
+    """Optimizer steps at the end of every stage, shape [1 + stages]; the base model's is 0."""
+    return np.cumsum([0, *(stage["step"] for stage in results.stages[1:])])
+
+
+def held_out_curves(results: Results) -> Drawing:
+    """The held-out loss of every domain over all steps."""
+    ends = _ends(results)
+    curves = {domain: [(0, results.stages[0]["scores"][domain]["loss"])] for domain in results.domains}
+    for start, end, stage in zip(ends[:-1], ends[1:], results.stages[1:], strict=True):
+        for domain, points in curves.items():
+            points += [
+                (start + entry["step"], entry["held_out"][domain])
+                for entry in stage.get("history", ())
+                if domain in entry.get("held_out", ())
+            ]
+            points.append((end, stage["scores"][domain]["loss"]))
+    figure, [axes] = _curve_axes(results, ends, "optimizer step")
+    _draw_curves(axes, results.domains, {domain: np.array(points) for domain, points in curves.items()}, ends)
+    axes.set_ylabel(f"held-out loss, {results.unit}")
+    _legend(figure, axes)
+    steps = sorted({int(step) for points in curves.values() for step, _ in points})
+    values = {domain: {int(step): value for step, value in points} for domain, points in curves.items()}
+    table = [["step", *curves]]
+    table += [[f"{s:,}", *(score(values[d][s], "loss") if s in values[d] else "–" for d in curves)] for s in steps]
+    measured = any("held_out" in entry for stage in results.stages for entry in stage.get("history", ()))
+    between_ends = "" if measured else " Nothing was measured within a stage, the lines only join its ends."
+    return Drawing(
+        "held-out-loss",
+        "Held-out loss over all steps",
+        "Lower is better. Thick: while a domain is learned; grey: never learned; vertical lines: the ends of the "
+        f"stages, where the dots are what stands in the result matrix.{between_ends}",
+        figure,
+        {"": table},
+    )
+
+
+def task_curves(results: Results) -> Drawing:
+    """The score of every task after every epoch, of a small model."""
+    measure = results.run["measure"]
+    base = {domain: results.stages[0]["scores"][domain][measure] for domain in results.domains}
+    rows = [base, *(row for stage in results.stages[1:] for row in stage["curve"])]
+    ends = np.cumsum([0, *(len(stage["curve"]) for stage in results.stages[1:])])
+    figure, [axes] = _curve_axes(results, ends, "epoch")
+    curves = {task: np.array([(epoch, row[task]) for epoch, row in enumerate(rows)]) for task in results.domains}
+    _draw_curves(axes, results.domains, curves, ends)
+    axes.set_ylabel(MEASURES[measure][0])
+    clipped = ""
+    if measure == "accuracy":
+        axes.set_ylim(-0.03, 1.03)
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    elif axes.get_ylim()[0] < FLOOR:
+        axes.set_ylim(FLOOR, 1.05)
+        clipped = f" Not drawn below {FLOOR:g}."
+    _legend(figure, axes)
+    table = [["epoch", *results.domains]]
+    table += [[str(epoch), *(score(row[task], measure) for task in results.domains)] for epoch, row in enumerate(rows)]
+    name = MEASURES[measure][0]
+    return Drawing(
+        "task-curves",
+        f"{name[0].upper()}{name[1:]} of every task over all epochs",
+        f"Higher is better. Thick: while a task is learned; vertical lines: the ends of the stages.{clipped}",
+        figure,
+        {"": table},
+    )
+
+
+def _curve_axes(results: Results, ends: np.ndarray, label: str, panels: int = 1) -> tuple[Figure, np.ndarray]:
+    """Panels below each other over training, with the boundaries of the stages."""
+    figure = Figure(figsize=(WIDTH, 3.6 if panels == 1 else 0.7 + 1.35 * panels), layout="constrained")
+    all_axes = figure.subplots(panels, sharex=True, squeeze=False)[:, 0]
+    for axes in all_axes:
+        for end in ends[1:-1]:
+            axes.axvline(end, color="0.75", linewidth=0.8)
+        axes.grid(axis="y", color="0.92", linewidth=0.6)
+        axes.set_axisbelow(True)
+    all_axes[-1].set_xlabel(label)
+    all_axes[-1].set_xlim(-0.01 * ends[-1], 1.01 * ends[-1])  # dots at the ends are whole
+    all_axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    for start, end, stage in zip(ends[:-1], ends[1:], results.stages[1:], strict=True):
+        letters = int(70 * (end - start) / ends[-1])  # as many as fit
+        if letters > 1:
+            place = ((start + end) / 2, 1.02)
+            all_axes[0].text(
+                *place,
+                short(stage["name"], letters),
+                ha="center",
+                va="bottom",
+                fontsize=8,
+                color="0.35",
+                transform=all_axes[0].get_xaxis_transform(),
+            )
+    return figure, all_axes
+
+
+def _draw_curves(
+    axes: Axes, learned: Mapping[str, int | None], curves: Mapping[str, np.ndarray], ends: np.ndarray
+) -> None:
+    """
+    A line per domain, thick while it is learned, with a dot at the end of every stage; never-learned ones in grey.
+
+    Args:
+        curves: domain -> points, shape [points, 2].
+        ends: of the stages, shape [1 + stages].
+    """
+    drawn = {True: 0, False: 0}  # learned ones, never-learned ones
+    for domain, points in curves.items():
+        stage = learned[domain]
+        number = drawn[stage is not None]
+        drawn[stage is not None] += 1
+        colour = STYLES[number % len(STYLES)][0] if stage else GREY
+        dashes = STYLES[(number + number // len(STYLES)) % len(STYLES)][1]
+        axes.plot(*points.T, color=colour, linestyle=dashes, linewidth=1.4, label=short(domain))
+        axes.plot(*points[np.searchsorted(points[:, 0], ends, side="right") - 1].T, "o", color=colour, markersize=3.5)
+        if stage and stage < len(ends):
+            own = points[(points[:, 0] >= ends[stage - 1]) & (points[:, 0] <= ends[stage])]
+            axes.plot(*own.T, color=colour, linewidth=4, alpha=0.35, solid_capstyle="round")
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", handlelength=3.2)
+
+
+def loss_parts(results: Results) -> list[Drawing]:
+    """What the training loss is made of, a panel per part; none where no loss was logged."""
+    ends = _ends(results)
+    entries = [
+        (start + entry["step"], stage["name"], entry)
+        for start, stage in zip(ends[:-1], results.stages[1:], strict=True)
+        for entry in stage.get("history", ())
+        if "loss" in entry
+    ]
+    parts = dict.fromkeys(key for _, _, entry in entries for key in sorted(entry) if key.split("_")[0] == "loss")
+    if not parts:
+        return []
+    figure, panels = _curve_axes(results, ends, "optimizer step", panels=len(parts))
+    for axes, (number, part) in zip(panels, enumerate(parts), strict=True):
+        points = np.array([(step, entry[part]) for step, _, entry in entries if part in entry])
+        axes.plot(*points.T, color=STYLES[number % len(STYLES)][0], linewidth=1.3, marker=".", markersize=4)
+        axes.set_title(_part(part), loc="left", fontsize=9, pad=14 if number == 0 else 6)
+    table = [["step", "stage", *map(_part, parts)]]
+    table += [
+        [f"{step:,}", stage, *(f"{entry[part]:.4g}" if part in entry else "–" for part in parts)]
+        for step, stage, entry in entries
+    ]
+    caption = (
+        "In nats, mean over the steps since the entry before. What is minimised is the total, the sum of its parts."
+    )
+    return [Drawing("loss-parts", "Training loss and its parts", caption, figure, {"": table})]
+
+
+def _part(key: str) -> str:
+    return "total" if key == "loss" else key.removeprefix("loss_").replace("_", " ")
+
+
+# ---- importance -----------------------------------------------------------------------------------------------------
+
+
+def importance_maps(results: Results) -> list[Drawing]:
+    """Per stage: the importance of what was new in it, and of all so far, which is the mask of the next stage."""
+    drawings, shown = [], set()
+    for number, stage in enumerate(results.stages):
+        if "importance" not in stage:
+            continue
+        maps: dict[str, dict[str, list[list[float]]]] = stage["importance"]["maps"]
+        new = [name for name in stage["importance"]["domains"] if name not in shown]
+        shown.update(new)
+        names = {**{name: name for name in new}, "accumulated": "all so far"}
+        layers = max(len(values) for kind in maps.values() for values in kind.values())
+        height = min(max(0.1 * layers + 0.45, 1.1), 2.2)
+        figure = Figure(figsize=(WIDTH, 0.5 + height * len(maps)), layout="constrained")
+        panels = figure.subplots(len(maps), len(names), sharey="row", squeeze=False)
+        table = [["layer", *(f"{KINDS.get(kind, kind)}: {title}" for kind in maps for title in names.values())]]
+        columns: list[list[str]] = []
+        for row, (kind, parts) in zip(panels, maps.items(), strict=True):
+            for axes, (name, title) in zip(row, names.items(), strict=True):
+                values = _rectangle(parts[name])
+                extent = (0.5, values.shape[1] + 0.5, values.shape[0] + 0.5, 0.5)
+                image = axes.imshow(
+                    values, cmap="viridis", vmin=0, vmax=1, aspect="auto", interpolation="none", extent=extent
+                )
+                axes.xaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
+                axes.yaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
+                axes.tick_params(length=2, labelsize=7)
+                if axes in panels[0]:
+                    axes.set_title(short(title, max(8, 72 // len(names))))
+                axes.set_xlabel("head" if kind == "head" else f"neurons, in {values.shape[1]} bins", fontsize=7)
+                columns.append([f"{mean:.3f}" for mean in np.nanmean(values, axis=1)])
+            row[0].set_ylabel(f"{KINDS.get(kind, short(kind))}\nlayer", fontsize=8)
+        figure.colorbar(image, ax=panels, fraction=0.025, pad=0.01, label="importance")
+        table += [[str(layer + 1), *(c[layer] if layer < len(c) else "–" for c in columns)] for layer in range(layers)]
+        drawings.append(
+            Drawing(
+                f"importance-{number}",
+                f"Importance after {stage['name']}",
+                "0: free to learn; 1: held back entirely by the mask of the next stage. Neighbouring neurons are "
+                "averaged in bins. The table has the mean of every layer; the maps stand in forgetting.json.",
+                figure,
+                {"": table},
+            )
+        )
+    return drawings
+
+
+def _rectangle(rows: Sequence[Sequence[float]]) -> np.ndarray:
+    """Layers may have unequal numbers of units: shape [layers, most units], filled up with NaN."""
+    longest = max(map(len, rows))
+    return np.array([[*row, *[np.nan] * (longest - len(row))] for row in rows])
+
+
+def overlap(results: Results) -> list[Drawing]:
+    """How alike the domains' importance is, a heat map per kind of unit; none with one domain."""
+    importance = [stage["importance"] for stage in results.stages if "importance" in stage][-1]
+    names, matrices = importance["domains"], importance["overlap"]
+    if len(names) < 2:
+        return []
+    labels = [f"{short(name, 18)}  {number}" for number, name in enumerate(names, 1)]
+    beside = 0.3 + 0.075 * max(map(len, labels))
+    side = min(0.55, (WIDTH - beside) / len(matrices) / len(names) - 0.02)  # of a tile, in inches
+    size = (beside + (side * len(names) + 0.15) * len(matrices), 0.6 + 0.75 * side * len(names))
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(1, len(matrices), squeeze=False)[0]
+    tables = {}
+    for axes, (kind, matrix) in zip(panels, matrices.items(), strict=True):
+        for row, column in np.ndindex(len(names), len(names)):
+            rho = matrix[row][column]
+            text = f"{rho:.2f}".replace("-", "−") if side > 0.24 else ""
+            _tile(axes, row, column, rho, text, size=9 if side > 0.38 else 6)
+        _tile_axes(
+            axes,
+            [str(number + 1) for number in range(len(names))],
+            labels if axes is panels[0] else [""] * len(names),
+            False,
+        )
+        axes.set_xlabel(KINDS.get(kind, short(kind)))
+        rows = [[name, *(f"{value:+.3f}".replace("-", "−") for value in matrix[at])] for at, name in enumerate(names)]
+        tables[KINDS.get(kind, kind)] = [["", *names], *rows]
+    return [
+        Drawing(
+            "overlap",
+            "Overlap of importance between domains",
+            "Spearman's ρ over all units of a kind: 1, the same units matter to both; 0, nothing in common; below 0, "
+            "what matters to the one does not to the other.",
+            figure,
+            tables,
+        )
+    ]
+
+
+def saturation(results: Results) -> Drawing:
+    """Mean importance of every kind of unit after every stage."""
+    stages = [stage for stage in results.stages if "mean_importance" in stage]
+    kinds = list(dict.fromkeys(kind for stage in stages for kind in stage["mean_importance"]))
+    figure = Figure(figsize=(min(WIDTH, 3.2 + 0.9 * len(stages)), 2.6), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / len(kinds)
+    for number, kind in enumerate(kinds):
+        heights = [stage["mean_importance"].get(kind, np.nan) for stage in stages]
+        places = np.arange(len(stages)) + (number - (len(kinds) - 1) / 2) * width
+        colour = STYLES[number % len(STYLES)][0]
+        axes.bar(places, heights, 0.92 * width, color=colour, label=KINDS.get(kind, short(kind)))
+    letters = max(6, 60 // len(stages))
+    axes.set_xticks(range(len(stages)), [short(stage["name"], min(22, letters)) for stage in stages])
+    axes.set_ylim(0, 1)
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.set_ylabel("mean importance")
+    axes.set_xlabel("after the stage")
+    axes.tick_params(axis="x", length=0)
+    axes.grid(axis="y", color="0.92", linewidth=0.6)
+    axes.set_axisbelow(True)
+    _legend(figure, axes)
+    table = [["after", *(KINDS.get(kind, kind) for kind in kinds)]]
+    for stage in stages:
+        values = stage["mean_importance"]
+        table.append([stage["name"], *(f"{values[kind]:.1%}" if kind in values else "–" for kind in kinds)])
+    return Drawing(
+        "saturation",
+        "Saturation of the mask",
+        "Mean importance of all domains so far: the share of a unit's gradient that the mask of the next stage holds "
+        "back. Near 100 %, nothing of that kind can learn any more.",
+        figure,
+        {"": table},
+    )
+
+
+# ---- small models, benchmarks, frontiers ----------------------------------------------------------------------------
+
+
+def predictions(results: Results) -> Drawing:
+    """What a regression predicts after every stage, against the truth."""
+    inputs, targets = np.array(results.run["inputs"]), np.array(results.run["targets"])
+    stages = [stage for stage in results.stages[1:] if "predictions" in stage]
+    figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(inputs, targets, color="0.8", linewidth=6, solid_capstyle="round", label="truth")
+    for (colour, dashes), stage in zip(STYLES * len(stages), stages, strict=False):
+        label = f"after {short(stage['name'])}"
+        axes.plot(inputs, stage["predictions"], color=colour, linestyle=dashes, linewidth=1.4, label=label)
+    margin = 0.6 * (targets.max() - targets.min())
+    axes.set_ylim(targets.min() - margin, targets.max() + margin)
+    axes.set(xlabel="input", ylabel="target")
+    _legend(figure, axes)
+    table = [["input", "truth", *(f"after {stage['name']}" for stage in stages)]]
+    columns = [inputs, targets, *(stage["predictions"] for stage in stages)]
+    table += [[f"{value:.4g}".replace("-", "−") for value in row] for row in zip(*columns, strict=True)]
+    return Drawing("predictions", "Predictions", "Grey: the truth.", figure, {"": table})
+
+
+def draw_benchmark(report: Report) -> list[Drawing]:
+    """The figures of a classic benchmark."""
+    final, tasks, *averages = report.rows().items()
+    drawings = [
+        Drawing(
+            "final", "Final average of every method", "Each small dot is a seed.", plot_final(report), dict([final])
+        ),
+        Drawing(
+            "tasks",
+            "Every task over all epochs",
+            "Band: 95 % interval over seeds.",
+            plot_tasks(report),
+            dict([tasks, *averages]),
+        ),
+    ]
+    if report.measure == "r2":
+        runs = {method: results[0] for method, results in report.results.items()}
+        truth = next(iter(runs.values())).run["targets"]
+        columns = [truth, *(one.stages[-1]["predictions"] for one in runs.values())]
+        table = [["true price", *runs], *([f"{value:.3f}" for value in row] for row in zip(*columns, strict=True))]
+        caption = f"Of seed {report.seeds[0]}. The table has those after the last stage, in the order of the days."
+        drawings.append(Drawing("predictions", "Predictions", caption, plot_predictions(report), {"": table}))
+    return drawings
+
+
+def frontier(curves: Sequence[Mapping[str, Any]], unit: str, tables: Mapping[str, Rows]) -> Drawing | None:
+    """
+    What was lost against what was gained, a line per method; `None` where nothing could be lost.
+
+    Args:
+        curves: `Comparison.frontier`.
+        unit: of the figures.
+        tables: `Comparison.tables()`.
+    """
+    all_points = [point for curve in curves for point in curve["points"]]
+    losses = [loss for loss in ("drift", "forgetting") if any(point[loss] is not None for point in all_points)]
+    if not losses:
+        return None
+    figure = Figure(figsize=(WIDTH, 3.9 + 0.17 * len(curves)), layout="constrained")
+    panels = figure.subplots(1, len(losses), squeeze=False)[0]
+    for axes, loss in zip(panels, losses, strict=True):
+        for number, curve in enumerate(curves):
+            points = [point for point in curve["points"] if point[loss] is not None]
+            colour, dashes = STYLES[number % len(STYLES)]
+            axes.errorbar(
+                [point["gain"] for point in points],
+                [point[loss] for point in points],
+                xerr=[point["gain_half"] or np.nan for point in points],
+                yerr=[point[f"{loss}_half"] or np.nan for point in points],
+                color=colour,
+                linestyle=dashes,
+                linewidth=1.3,
+                elinewidth=0.8,
+                capsize=2,
+                marker="osD^vP"[number // len(STYLES) % 6],
+                markersize=4,
+                label=short(curve["name"], 80) + (f", over {short(curve['x_label'])}" if curve["x_label"] else ""),
+            )
+            for point in points[:: max(1, len(points) - 1)] if len(points) > 1 else ():
+                text = f"{point['value']:g}" if isinstance(point["value"], float) else short(str(point["value"]), 10)
+                at = (point["gain"], point[loss])
+                axes.annotate(text, at, (4, 5), textcoords="offset points", fontsize=7, color="0.35")
+        axes.set(xlabel=f"gain ({unit}) → better", ylabel=f"{loss} ({unit}) → worse")
+        axes.grid(color="0.92", linewidth=0.6)
+        axes.set_axisbelow(True)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower left", handlelength=3.2, fontsize=8)
+    return Drawing(
+        "frontier",
+        "Frontier: what was lost against what was gained",
+        "Lower right is best. A line joins the runs of a method that differ in one setting, whose first and last "
+        "value stand beside it; bars: 95 % interval over seeds, where there are several.",
+        figure,
+        dict(tables),
+    )

@@ -1,0 +1,1 @@
+"""One domain: the Trainer and what stands beside it."""

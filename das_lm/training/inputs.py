@@ -1,0 +1,440 @@
+"""What users hand to a trainer, in the forms that the Trainer and TRL take, as the trainer works with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from peft import PeftModel
+from torch import nn
+from torch.utils.data import Dataset as TorchDataset
+from torch.utils.data import IterableDataset as TorchStream
+from transformers import TrainingArguments
+from transformers.training_args import ParallelMode
+
+from das_lm.data.blocks import HeldOutWindows, PaddingCollator, TrainingBlocks, TrainingRows, collate, labeling
+from das_lm.data.built_in import MODELS
+from das_lm.data.packing import longest_input, nothing_in, pack, windows
+from das_lm.data.readers import missing_column, text_of
+from das_lm.data.streaming import DocumentStream, TrainingStream
+from das_lm.errors import UserError, did_you_mean
+from das_lm.methods import METHODS, Method
+from das_lm.model.adapters import base_of, check_adapter_kind, with_adapter
+from das_lm.model.loading import load_whole, read_config, read_tokenizer, saved_as_causal
+from das_lm.model.objective import ModuleLoss
+from das_lm.training.config import DASConfig
+
+# ---- arguments, model, methods -------------------------------------------------------------------------------------
+
+
+def as_config(args: TrainingArguments | None) -> DASConfig:
+    """
+    The arguments as a [`DASConfig`]; of plain `TrainingArguments` all are taken as they are, but
+    `remove_unused_columns`, which must be off.
+
+    Raises:
+        UserError: the arguments of another trainer.
+    """
+    if args is None:
+        return DASConfig()
+    if isinstance(args, DASConfig):
+        return args
+    if type(args) is not TrainingArguments:
+        raise UserError(f"args: {type(args).__name__} is of another trainer; give a DASConfig, or TrainingArguments")
+    given = {field.name: getattr(args, field.name) for field in dataclasses.fields(args) if field.init}
+    return DASConfig(**{**given, "remove_unused_columns": False})
+
+
+def check_arguments(args: DASConfig, given: Mapping[str, Any]) -> None:
+    """
+    Args:
+        given: further arguments of the trainer by name.
+
+    Raises:
+        UserError: what no model can be trained with here, and arguments of the Trainer that would be ignored.
+    """
+    if args.n_gpu > 1:
+        raise UserError(
+            f"one process sees {args.n_gpu} GPUs and would wrap the model in DataParallel, which gates and masks do "
+            "not survive: start it with `accelerate launch`, or show it one GPU with CUDA_VISIBLE_DEVICES=0"
+        )
+    if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        version = (args.fsdp_plugin_args or {}).get("fsdp_version", os.environ.get("FSDP_VERSION", "1"))
+        if int(version) != 2:
+            raise UserError(
+                "fsdp: version 1 joins the parameters of many modules into one vector, in which masks find no unit; "
+                "write version 2: fsdp_version: 2 in accelerate's file (recipes/accelerate/fsdp2.yaml), or "
+                "fsdp_config: {version: 2}"
+            )
+        if args.parallel_mode != ParallelMode.DISTRIBUTED:
+            raise UserError("fsdp: there is one process, and nothing to share out; leave it off, or start several")
+    if given.get("compute_loss_func"):
+        raise UserError(
+            "compute_loss_func: methods and measures read the loss of every single prediction, which a loss of the "
+            "whole batch hides; leave it out, or train a module whose forward returns your loss (no processing_class)"
+        )
+    if given.get("compute_metrics"):
+        for name in ("batch_eval_metrics", "include_for_metrics"):
+            if getattr(args, name):
+                raise UserError(
+                    f"{name}: compute_metrics gets the predictions and labels of the whole data set, and nothing "
+                    "else; leave it out (preprocess_logits_for_metrics makes what is kept of a batch small)"
+                )
+    if given.get("model_init"):
+        if any(isinstance(one, Method) for one in _as_list(given["method"])):
+            raise UserError("method: with model_init every run begins anew; give a method's name or class, no object")
+        if any(given.get("optimizers") or ()):
+            raise UserError(
+                "optimizers: belong to one model, and model_init makes others; give optimizer_cls_and_kwargs"
+            )
+
+
+def named_model(
+    model: str | nn.Module | None, model_init: Any, options: Mapping[str, Any] | None, tokenizer: Any
+) -> tuple[nn.Module | None, Any]:
+    """
+    The model and its tokenizer (`None` for a module that reads no text). A language model that is given by name is
+    loaded, masked or causal as it was saved, in fp32 unless `options`, those of `from_pretrained`, say otherwise; its
+    tokenizer too, unless one is given.
+
+    Raises:
+        UserError: neither a model nor a `model_init` is given, or both; or the model cannot be loaded, or is an
+            adapter.
+    """
+    if (model is None) == (model_init is None):
+        raise UserError("model: give a model or its name, or in its place a model_init that makes it")
+    options = dict(options or {})
+    if not isinstance(model, str):
+        if options:
+            raise UserError("model_init_kwargs: are for a model that is given by name; leave them out")
+        return model, tokenizer
+    path = str(MODELS.get(model, model))
+    if base_of(path):
+        raise UserError(f"model: '{model}' is an adapter; load it with PEFT's PeftModel, and give the model")
+    shared = {key: options[key] for key in ("revision", "token", "trust_remote_code", "cache_dir") if key in options}
+    model = load_whole(path, saved_as_causal(read_config(path, **shared)), **options)
+    return model, read_tokenizer(path, model.config.vocab_size, **shared) if tokenizer is None else tokenizer
+
+
+def adapted(model: nn.Module, config: Any, args: DASConfig, tokenizer: Any, seed: int) -> nn.Module:
+    """
+    The model, with a fresh adapter if there is a `config` for one.
+
+    Raises:
+        UserError: the adapter, or the model without one, cannot be trained.
+    """
+    if config is None and not isinstance(model, PeftModel):
+        if getattr(getattr(model, "config", None), "quantization_config", None):
+            raise UserError(
+                "the model is quantized, so that its weights cannot be trained: give a peft_config, or load it in "
+                "full precision"
+            )
+        return model
+    if tokenizer is None:
+        raise UserError("peft_config: only a language model takes an adapter; give a processing_class")
+    if args.non_unit_lr_scale != 1:
+        raise UserError("non_unit_lr_scale: with an adapter, only what peft names learns; leave it at 1")
+    args.label_names = args.label_names or ["labels"]  # the Trainer cannot see them through PEFT's wrapper
+    if config is not None:
+        return with_adapter(model, config, seed)
+    check_adapter_kind(model)
+    return model
+
+
+def make_methods(method: Any) -> list[Method]:
+    """
+    Args:
+        method: a name in `METHODS`, a class or an object of [`Method`]; or a list of them.
+
+    Raises:
+        UserError: it is something else, or stands there twice.
+
+    Returns:
+        them in the order in which they take turns.
+    """
+    methods = [_make_method(one) for one in _as_list(method)]
+    methods.sort(key=lambda one: (one.order, type(one).__name__))
+    for one, following in pairwise(methods):
+        if type(one) is type(following):
+            raise UserError(f"method: '{type(one).__name__.lower()}' stands there twice; leave one out")
+    return methods
+
+
+def _as_list(method: Any) -> Sequence[Any]:
+    return method if isinstance(method, list | tuple) else [method]
+
+
+def _make_method(method: Any) -> Method:
+    if isinstance(method, Method):
+        return method
+    if isinstance(method, type) and issubclass(method, Method):
+        return method()
+    if not isinstance(method, str):
+        raise UserError(f"method: {type(method).__name__} is no method; give a name such as 'das', or a Method")
+    if method not in METHODS:
+        raise UserError(f"method: '{method}' is unknown.{did_you_mean(method, METHODS)}")
+    return METHODS[method]()
+
+
+def data_seed(args: DASConfig) -> int:
+    """The seed of order and masks."""
+    return args.seed if args.data_seed is None else args.data_seed
+
+
+# ---- data ----------------------------------------------------------------------------------------------------------
+
+
+class Rows:
+    """
+    Data of a module that is no language model.
+
+    Args:
+        args: the arguments.
+        domain: name of the domain that is learned.
+        model: the module; rows that are tuples (a `TensorDataset`) go to the arguments of its forward in their order.
+    """
+
+    collator = staticmethod(collate)
+
+    def __init__(self, args: DASConfig, domain: str, model: nn.Module):
+        self.args, self.domain, self.model, self.seed = args, domain, model, data_seed(args)
+
+    def training(self, data: Any) -> TrainingRows | None:
+        """What is trained on. Raises `UserError` for what a module cannot be trained on."""
+        if data is None or isinstance(data, TrainingRows):
+            return data
+        return TrainingRows({self.domain: self.rows(_train_split(data), "train_dataset")}, self.seed)
+
+    def held_out(self, data: Any, where: str = "eval_dataset") -> Any:
+        """What is measured: a data set, or a dictionary of them by domain."""
+        return _by_domain(data, where, self.rows)
+
+    def again(self, data: TrainingRows | None) -> None:
+        """The trainer begins anew with a fresh model, and with what a search has made of the arguments."""
+        if data is not None:
+            data.reset(data_seed(self.args))
+
+    def rows(self, data: Any, where: str) -> Any:
+        """A map-style data set of dictionaries."""
+        _refuse_names(data, where)
+        if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
+            raise UserError(f"{where}: {type(data).__name__} has no length; a module needs a map-style data set")
+        if not len(data):
+            return data
+        row = data[0]
+        arguments = list(inspect.signature(self.model.forward).parameters)
+        model = type(self.model).__name__
+        if isinstance(row, list | tuple):
+            if len(row) > len(arguments):
+                raise UserError(
+                    f"{where}: rows hold {len(row)} columns without names, and {model}.forward takes "
+                    f"{', '.join(arguments)}; make every row a dictionary"
+                )
+            return _NamedRows(data, arguments[: len(row)])
+        taken = ModuleLoss(self.model).arguments
+        if not isinstance(row, Mapping) or (taken is not None and not taken & row.keys()):
+            has = ", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
+            raise UserError(
+                f"{where}: rows hold {has}, and {model}.forward takes {', '.join(arguments)}; make every row a "
+                "dictionary of these, or, for a language model and text, give its tokenizer as processing_class"
+            )
+        return data
+
+
+class _NamedRows(TorchDataset):
+    """Rows that are tuples, as dictionaries."""
+
+    def __init__(self, rows: Any, names: Sequence[str]):
+        self.rows, self.names = rows, names
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return dict(zip(self.names, self.rows[index], strict=True))
+
+
+class Text:
+    """
+    Text as a language model reads it: packed blocks to train on, windows of held-out documents to measure.
+
+    Args:
+        args: the arguments.
+        domain: name of the domain that is learned.
+        model: the language model.
+        tokenizer: its tokenizer.
+        column: the column that holds the text.
+
+    Raises:
+        UserError: the tokenizer is of another model, or blocks are longer than the model reads.
+    """
+
+    def __init__(self, args: DASConfig, domain: str, model: nn.Module, tokenizer: Any, column: str):
+        known, limit = len(model.get_input_embeddings().weight), longest_input(model, tokenizer)
+        if len(tokenizer) > known:
+            raise UserError(
+                f"processing_class: the tokenizer has {len(tokenizer)} tokens, the model {known}; give its own"
+            )
+        if args.max_length > limit:
+            raise UserError(f"max_length: {args.max_length} is beyond what the model reads, {limit} tokens")
+        self.args, self.domain, self.tokenizer, self.column = args, domain, tokenizer, column
+        self.seed, self.max_length, self.mlm_probability = data_seed(args), args.max_length, args.mlm_probability
+        self.masking = labeling(tokenizer, model.can_generate(), args.mlm_probability)
+        self.collator = PaddingCollator(tokenizer)
+
+    def training(self, data: Any) -> TrainingBlocks | None:
+        """What is trained on. Raises `UserError` for what is no text."""
+        data = _train_split(data)
+        if isinstance(data, TorchStream) and not isinstance(data, datasets.IterableDataset):
+            data = _as_stream(data, self.column)
+        if isinstance(data, datasets.IterableDataset):
+            data = DocumentStream(data, self.column, where=f"domain '{self.domain}'")
+        if isinstance(data, DocumentStream):
+            data = TrainingStream(data, self.tokenizer, self.max_length, self.masking, self.seed, self.domain)
+        if isinstance(data, TrainingStream):
+            self._take_from_stream(data)
+        elif data is not None and not isinstance(data, TrainingBlocks):
+            data = self._table(data, "train_dataset")
+            if "input_ids" not in data.column_names:
+                data = pack(data, self.tokenizer, self.max_length)
+            data = TrainingBlocks({self.domain: data}, self.masking, self.seed)
+        return data
+
+    def held_out(self, data: Any, where: str = "eval_dataset") -> Any:
+        """What is measured: [`HeldOutWindows`], or a dictionary of them by domain."""
+        return _by_domain(data, where, self._windows)
+
+    def again(self, data: TrainingBlocks | None) -> None:
+        """See [`Rows.again`]. Raises `UserError` where a search has changed what the blocks were made with."""
+        for name in ("max_length", "mlm_probability"):
+            if getattr(self.args, name) != getattr(self, name):
+                raise UserError(f"hyperparameter_search: {name} changes the text itself; make a trainer for each")
+        Rows.again(self, data)
+        if isinstance(data, TrainingStream):
+            self._take_from_stream(data)
+
+    def check_collator(self, collator: Any) -> None:
+        """Raises `UserError` for a collator of transformers: the rows are masked, and their labels in place."""
+        kinds = collator if inspect.isfunction(collator) else type(collator)
+        if any(kind.__module__.startswith("transformers.") for kind in getattr(kinds, "__mro__", (kinds,))):
+            name = getattr(kinds, "__name__", kinds)
+            raise UserError(
+                f"data_collator: {name} would mask or label rows again that are masked and labelled, or not pad their "
+                "labels; leave it out (mlm_probability is the share that is masked)"
+            )
+
+    def _windows(self, data: Any, where: str) -> HeldOutWindows:
+        if isinstance(data, HeldOutWindows):
+            return data
+        if isinstance(data, TorchStream | DocumentStream):
+            raise UserError(f"{where}: a stream has no end; give its first documents, as list(stream.take(1000))")
+        data = self._table(data, where)
+        if "input_ids" not in data.column_names:
+            data = windows(data, self.tokenizer, self.max_length)
+        elif "document" not in data.column_names:
+            data = data.add_column("document", list(range(len(data))))
+        return HeldOutWindows(data, self.masking, self.seed)
+
+    def _table(self, data: Any, where: str) -> datasets.Dataset:
+        """A data set with the column `input_ids`, or with a column `text` without rows that hold none."""
+        if not isinstance(data, datasets.Dataset):
+            data = _as_table(data, self.column, where)
+        if "input_ids" in data.column_names:
+            return data
+        if self.column not in data.column_names:
+            raise UserError(missing_column(where, self.column, data.column_names, "text_column"))
+        data = data.with_format(None).select_columns([self.column])
+        kept: list[int] = []
+        for start in range(0, len(data), 1000):
+            texts = data[start : start + 1000][self.column]
+            kept.extend(
+                index
+                for index, text in enumerate(texts, start)
+                if (text_of(text, f"{where}, row {index}", self.column, "text_column") or "").strip()
+            )
+        if not kept:
+            raise nothing_in((), f"{where}: ")
+        data = data if self.column == "text" else data.rename_column(self.column, "text")
+        return data if len(kept) == len(data) else data.select(kept)
+
+    def _take_from_stream(self, stream: TrainingStream) -> None:
+        """Make of a stream the rows that training takes, one after the other."""
+        args = self.args
+        if args.max_steps <= 0:
+            where = stream.documents.where
+            raise UserError(f"max_steps: how long {where} is, is not known; say how many steps to train")
+        stream.length = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        # It is read where the checkpoints are written, which hold its place; tokenizers use threads of their own.
+        args.dataloader_num_workers, args.dataloader_prefetch_factor = 0, None
+        args.dataloader_persistent_workers, args.dataloader_multiprocessing_context = False, None
+
+
+def _refuse_names(data: Any, where: str) -> None:
+    if isinstance(data, str | Path):
+        raise UserError(
+            f"{where}: '{data}' is a name; give documents: those of files are Domain('name', data='{data}').load()"
+        )
+    if isinstance(data, Mapping):
+        key = next(iter(data), "domain")
+        raise UserError(f"{where}: a dictionary; one domain is learned at a time: give one of them, such as [{key!r}]")
+
+
+def _train_split(data: Any) -> Any:
+    """Of a `DatasetDict` its split `train`."""
+    if not isinstance(data, datasets.DatasetDict | datasets.IterableDatasetDict):
+        return data
+    if "train" not in data:
+        raise UserError(f"train_dataset: has no split 'train'; give one of its splits, {', '.join(data)}")
+    return data["train"]
+
+
+def _by_domain(data: Any, where: str, one: Callable[[Any, str], Any]) -> Any:
+    """Held-out data, or a flat dictionary of it; of a `DatasetDict` all splits but `train`, or `train` where there is
+    no other."""
+    if isinstance(data, datasets.DatasetDict | datasets.IterableDatasetDict):
+        data = {name: split for name, split in data.items() if name != "train" or len(data) == 1}
+        if len(data) == 1:
+            (data,) = data.values()
+    if data is None or not isinstance(data, Mapping):
+        return None if data is None else one(data, where)
+    flat = {}
+    for name, part in data.items():
+        part = _by_domain(part, f"{where}['{name}']", one)
+        flat |= {f"{name}_{inner}": each for inner, each in part.items()} if isinstance(part, dict) else {name: part}
+    return flat
+
+
+def _as_table(data: Any, column: str, where: str) -> datasets.Dataset:
+    """A list, or a map-style data set, of texts or of dictionaries."""
+    _refuse_names(data, where)
+    if not isinstance(data, Sequence | TorchDataset | np.ndarray) or not hasattr(data, "__len__"):
+        raise UserError(
+            f"{where}: {type(data).__name__} holds no documents; give a data set with a column '{column}', or a list "
+            "of texts"
+        )
+    rows = [data[index] for index in range(len(data))]
+    if rows and isinstance(rows[0], Mapping):
+        wanted = "input_ids" if "input_ids" in rows[0] else column
+        if wanted not in rows[0]:
+            raise UserError(missing_column(where, column, list(rows[0]), "text_column"))
+        rows = [row.get(wanted) if isinstance(row, Mapping) else row for row in rows]
+        if wanted == "input_ids":
+            return datasets.Dataset.from_dict({"input_ids": rows})
+    for index, row in enumerate(rows):
+        if row is not None and not isinstance(row, str):
+            raise UserError(f"{where}: row {index} is {type(row).__name__}, not text; give a list of texts")
+    return datasets.Dataset.from_dict({column: rows})
+
+
+def _as_stream(rows: TorchStream, column: str) -> datasets.IterableDataset:
+    """Texts or dictionaries that are read again, from the beginning, whenever they are needed."""
+    return datasets.IterableDataset.from_generator(
+        lambda: (row if isinstance(row, Mapping) else {column: row} for row in rows)
+    )

@@ -1,0 +1,64 @@
+"""What the scripts compute themselves: the numbers of the built-in models, the rows of the benchmark."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+
+from das_lm.data.built_in import BASE_MODEL, CAUSAL_MODEL
+from das_lm.measure.cloze import cloze_accuracy, load_questions
+
+
+def load(name: str) -> ModuleType:
+    path = Path(__file__).parents[2] / "scripts" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    "folder, architecture", [(BASE_MODEL, AutoModelForMaskedLM), (CAUSAL_MODEL, AutoModelForCausalLM)]
+)
+def test_the_readme_of_a_built_in_model_states_what_its_weights_give(folder, architecture):
+    """It knows the facts of `general` when asked with new sentences, and neither bio's nor cs's."""
+    build = load("build_base_model")
+    model = architecture.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    table = [line.strip("| ").split(" | ") for line in (folder / "README.md").read_text().splitlines()]
+    for domain, least, most in (("general", 0.75, 1.0), ("bio", 0.0, 0.25), ("cs", 0.0, 0.25)):
+        row = next(row for row in table if row[0] == domain)
+        right = cloze_accuracy(model, tokenizer, load_questions(f"built-in:{domain}")).accuracy
+        assert least <= right <= most
+        assert float(row[1].rstrip("%")) / 100 == pytest.approx(right, abs=0.011)  # two questions of 240
+        assert float(row[-1]) == pytest.approx(build.held_out_loss(model, tokenizer, domain), abs=0.005)
+
+
+@pytest.mark.parametrize("kind", [[], ["--causal"]], ids=["masked", "causal"])
+def test_the_benchmark_times_every_configuration(kind, tmp_path, monkeypatch, capsys):
+    benchmark, out = load("benchmark"), tmp_path / "out.json"
+    small = {"rounds": 1, "steps": 2, "batch_size": 2, "length": 16, "layers": 1, "vocabulary": 40}
+    small = [word for key, value in small.items() for word in (f"--{key}", str(value))]
+    monkeypatch.setattr(benchmark.torch, "set_num_threads", lambda count: None)
+    monkeypatch.setattr(benchmark, "_peak_in_own_process", lambda name: 2**30)
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *small, *kind, "--json", str(out)])
+    benchmark.main()
+    results = json.loads(out.read_text())["results"]
+    assert all(one["ratio"] > 0 and min(one["seconds"]) > 0 for one in results.values())
+    named = {"plain Trainer", *benchmark.CONFIGURATIONS, *(benchmark.CAUSAL_CONFIGURATIONS if kind else ())}
+    assert named <= set(results) and len(results) == len(named) + 2  # two importance passes
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--peak_of", "plain Trainer"])
+    benchmark.main()
+    assert int(capsys.readouterr().out.split()[-1]) > 2**20
+
+
+def test_the_benchmark_of_per_example_gradients(capsys):
+    load("benchmark").per_example(rounds=1)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and all("loop / per example" in line for line in lines[1:])

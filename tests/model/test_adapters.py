@@ -1,0 +1,712 @@
+"""LoRA adapters: what they and their merging compute, what masks hold, what is refused, and the walk in three ways."""
+
+import copy
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForMaskedLM, AutoTokenizer, LlamaForCausalLM
+
+from das_lm import ContinualTrainer, DASConfig, Importance
+from das_lm.cli import main
+from das_lm.data.blocks import labeling
+from das_lm.errors import UserError
+from das_lm.files import newest_checkpoint
+from das_lm.measure.end_task import EndTask
+from das_lm.measure.results import Results
+from das_lm.methods import METHODS
+from das_lm.model.objective import has_active_dropout, run_language_model
+from das_lm.units import Units, gated
+from das_lm.units.importance import measure_importance
+from tests.conftest import build_tokenizer, random_blocks, tiny_roberta
+from tests.model.test_causal import tiny_gpt2, tiny_llama
+from tests.run.test_walk import Interrupted, _run, _save, world  # noqa: F401 (world is a fixture)
+
+TOKENIZER = build_tokenizer()
+BUILDERS = {"roberta": tiny_roberta, "gpt2": tiny_gpt2, "llama": tiny_llama}
+#: Projections whose rows are units', as a regular expression: `c_proj` and `dense` are names of others too.
+ROWS = {
+    "roberta": r".*encoder.*(query|key|value|intermediate\.dense|layer\.\d+\.output\.dense)",
+    "gpt2": r".*(c_attn|c_fc|mlp\.c_proj)",
+    "llama": ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"],
+}
+ADAPTED_METHODS = ["agem", "das", "ema", "gem", "interpolate", "joint", "lwf", "naive", "replay", "self_replay"]
+
+
+def trainer_of(directory, model, method="naive", peft_config=None, domain="bio", **options) -> ContinualTrainer:
+    defaults = {
+        "max_steps": 3,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "max_length": 12,
+        "importance_samples": 8,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "report_to": [],
+        "save_strategy": "no",
+    }
+    args = DASConfig(output_dir=str(directory), **{**defaults, **options})
+    blocks = random_blocks(40)
+    return ContinualTrainer(
+        model, args, method, blocks, processing_class=TOKENIZER, domain=domain, peft_config=peft_config
+    )
+
+
+def weights_of(model) -> dict[str, torch.Tensor]:
+    """Parameters by the names that they have in a plain model."""
+    return {
+        name.removeprefix("base_model.model.").replace(".base_layer.", "."): parameter.detach().clone()
+        for name, parameter in model.named_parameters()
+        if "lora_" not in name
+    }
+
+
+def adapter_of(model) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def merged(model: PeftModel):
+    return copy.deepcopy(model).merge_and_unload()
+
+
+def randomly_adapted(kind: str, **options) -> PeftModel:
+    """With an adapter that has been trained: nothing of it is 0."""
+    model = get_peft_model(BUILDERS[kind](), LoraConfig(r=3, target_modules="all-linear", **options))
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def batch_of(model) -> dict[str, torch.Tensor]:
+    masking = labeling(TOKENIZER, model.can_generate(), 0.3)
+    pairs = [masking(torch.tensor(row["input_ids"]).numpy(), seed) for seed, row in enumerate(random_blocks(6))]
+    ids, labels = (torch.stack([torch.as_tensor(pair[index]) for pair in pairs]) for index in (0, 1))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def assert_equal(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+def assert_close(ours, theirs, tolerance):
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=tolerance, msg=lambda t, n=name: f"{n}: {t}")
+
+
+# ---- what is computed ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", BUILDERS)
+def test_gates_and_importance_are_those_of_the_merged_network(kind):
+    """The adapter on every projection, the one that reads the heads too: it is gated with what it adapts."""
+    adapted = randomly_adapted(kind).double().eval()
+    plain = merged(adapted)
+    batch = batch_of(plain)
+    values = []
+    for model in (adapted, plain):
+        units = Units(model)
+
+        def losses(batch, model=model, units=units):
+            inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+            return run_language_model(model, units, inputs, batch["labels"]).row_means(len(batch["input_ids"]))
+
+        generator = torch.Generator().manual_seed(2)
+        gates = {key: torch.rand(6, size, generator=generator) for key, size in units.sizes.items()}
+        with gated(units, gates), torch.no_grad():
+            values.append({"losses": losses(batch).float()})
+        values[-1] |= measure_importance(units, [batch], losses)
+    assert_close(*values, 1e-6)
+    assert values[0]["layers.1.head"].min() > 1e-5 and values[0]["layers.0.output"].max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", BUILDERS)
+def test_units_are_where_they_are_without_an_adapter(kind):
+    """The same slices of the same weights; and of every projection but the one that reads the heads, the rows of B."""
+    adapted = randomly_adapted(kind)
+    units, plain = Units(adapted), Units(merged(adapted))
+    own = {(piece.parameter, piece.group): piece for piece in plain.slices}
+    ours = {(piece.parameter.replace(".base_layer.", "."), piece.group): piece for piece in units.slices}
+    assert units.model is adapted.get_base_model() and units.sizes == plain.sizes
+    assert own.keys() == {key for key in ours if ".lora_" not in key[0]}
+    reading = {f"{name}.weight" for name, module in plain.model.named_modules() if module in _readers(plain)}
+    for (name, group), piece in own.items():
+        same, up = ours[name, group], ours.get((name.replace(".weight", ".lora_B.default.weight"), group))
+        assert same.axis == piece.axis and torch.equal(same.owners, piece.owners)
+        if name in reading and group.endswith("head"):
+            assert up is None
+        elif name.endswith(".weight"):
+            assert up.axis == 0 and torch.equal(up.owners, piece.owners)
+
+
+def _readers(units: Units) -> set[torch.nn.Module]:
+    """The projections that read the heads."""
+    return {group.module for group in units.groups.values() if group.kind == "head"}
+
+
+@pytest.mark.parametrize("kind", BUILDERS)
+@pytest.mark.parametrize(("target", "optim"), [("update", "adamw_torch"), ("gradient", "sgd")])
+def test_importance_1_keeps_exactly_the_rows_of_a_unit_and_0_none(kind, target, optim, tmp_path, monkeypatch):
+    """Bit for bit, of the merged weights; a shared key/value head is held if one of its readers is."""
+
+    def pattern(size):  # of four heads, of which two share a key/value head, one is held
+        return torch.arange(size).remainder(4).eq(1).float()
+
+    def known(self):
+        return Importance("paper", {key: pattern(size) for key, size in self.units.sizes.items()})
+
+    monkeypatch.setattr("das_lm.methods.das.DAS._known_importance", known)
+    monkeypatch.setattr("das_lm.methods.das.DAS.end_domain", lambda self: None)
+    start = BUILDERS[kind]()
+    config = LoraConfig(r=4, target_modules=ROWS[kind], lora_bias=kind != "llama")
+    options = {"soft_mask_target": target, "optim": optim, "weight_decay": 0.1, "max_steps": 4}
+    options["learning_rate"] = 1e-2 if optim == "adamw_torch" else 1.0
+    trainer = trainer_of(tmp_path, copy.deepcopy(start), "das", config, contrast_weight=0.0, **options)
+    trainer.train()
+    assert_equal(weights_of(trainer.model), weights_of(start))  # the frozen model, before it is merged
+    before, after = weights_of(start), weights_of(trainer.model.merge_and_unload())
+    units = Units(start)
+    columns = {f"{name}.weight" for name, module in start.named_modules() if module in _readers(units)}
+    adapted = {piece.parameter: piece for piece in units.slices if piece.parameter not in columns}
+    for name, piece in adapted.items():
+        ours, theirs = before[name], after[name]
+        held = piece.spread(pattern(units.groups[piece.group].size), ours.ndim).expand_as(ours) == 1
+        assert held.any() and torch.equal(ours[held], theirs[held]), name
+        assert (ours != theirs)[~held].float().mean() > 0.9, name  # a step can be below one ulp of a bias
+    for name in before.keys() - adapted.keys():
+        assert torch.equal(before[name], after[name]), name
+
+
+def test_importance_0_is_plain_training_of_the_adapter(tmp_path, monkeypatch):
+    def known(self):
+        return Importance("paper", {key: torch.zeros(size) for key, size in self.units.sizes.items()})
+
+    monkeypatch.setattr("das_lm.methods.das.DAS._known_importance", known)
+    runs = []
+    for method in ("naive", "das"):
+        trainer = trainer_of(tmp_path, tiny_roberta(0.1), method, LoraConfig(lora_dropout=0.1), contrast_weight=0.0)
+        trainer.train()
+        runs.append(adapter_of(trainer.model))
+    assert_equal(*runs)
+    assert all(tensor.any() for tensor in runs[0].values())
+
+
+def test_the_random_half_depends_on_seed_and_domain_alone(tmp_path):
+    def fresh(noise: int, **options):
+        model = tiny_roberta()
+        torch.manual_seed(noise)
+        before = torch.get_rng_state()
+        trainer = trainer_of(tmp_path, model, peft_config=LoraConfig(), **options)
+        return adapter_of(trainer.model), before
+
+    first, _ = fresh(1)
+    assert_equal(first, fresh(2)[0])
+    for other in (fresh(1, seed=7)[0], fresh(1, domain="cs")[0]):
+        assert not torch.equal(*(next(iter(one.values())) for one in (first, other)))
+
+
+def test_the_dropout_of_an_adapter_makes_no_two_views(tmp_path):
+    """A fresh adapter adds nothing, whatever is dropped: the proxy of a decoder without dropout must not be 0."""
+    trainer = trainer_of(tmp_path, tiny_llama(), "das", LoraConfig(target_modules=ROWS["llama"], lora_dropout=0.1))
+    assert not has_active_dropout(trainer.units.model)
+    importance = trainer.methods[0]._known_importance()
+    assert all(value.max() > 0.1 for value in importance.values.values())
+    assert has_active_dropout(tiny_roberta(0.1)) and not has_active_dropout(tiny_roberta())
+
+
+@pytest.mark.parametrize("kind", BUILDERS)
+def test_activation_checkpointing_changes_nothing(kind, tmp_path):
+    runs = []
+    for on in (False, True):
+        config = LoraConfig(r=4, target_modules=ROWS[kind])
+        trainer = trainer_of(tmp_path, BUILDERS[kind](), "das", config, activation_checkpointing=on, max_steps=4)
+        trainer.train()
+        assert trainer.model.is_activation_checkpointing == on
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        assert losses[-1] < losses[0]
+        runs.append(adapter_of(trainer.model))
+    assert_close(*runs, 2e-5)
+
+
+def test_interpolation_is_that_of_the_merged_weights(tmp_path):
+    """α B A with A as it was learned; half-way between A as it was and as it is would be another."""
+    merge = {}
+    for method, options in (("naive", {}), ("interpolate", {"interpolation_alpha": "0.3"})):
+        trainer = trainer_of(tmp_path, tiny_roberta(), method, LoraConfig(r=4), max_steps=6, **options)
+        trainer.train()
+        merge[method] = weights_of(trainer.model.merge_and_unload())
+    start = weights_of(tiny_roberta())
+    expected = {name: torch.lerp(start[name], weight, 0.3) for name, weight in merge["naive"].items()}
+    assert_close(merge["interpolate"], expected, 1e-6)
+    assert max((merge["naive"][name] - start[name]).abs().max() for name in start) > 1e-2
+
+
+def test_a_resumed_adapter_equals_an_uninterrupted_one(tmp_path):
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "linear"}
+    config = LoraConfig(r=4, lora_dropout=0.1, target_modules=ROWS["roberta"])
+    whole = trainer_of(tmp_path / "whole", tiny_roberta(0.1), "das", config, **options)
+    whole.train()
+    for name in ("3", "6"):
+        shutil.copytree(tmp_path / "whole" / f"checkpoint-{name}", tmp_path / "part" / f"checkpoint-{name}")
+    shutil.rmtree(tmp_path / "part" / "checkpoint-6")
+    checkpoint = newest_checkpoint(tmp_path / "part")
+    files = {path.name for path in checkpoint.iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "importance.safetensors"} <= files
+    assert not files & {"README.md", "training_args.bin", "model.safetensors"}
+    resumed = trainer_of(tmp_path / "part", tiny_roberta(0.1), "das", config, **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert_equal(adapter_of(resumed.model), adapter_of(whole.model))
+    assert_equal(resumed.methods[0].importance.values, whole.methods[0].importance.values)
+
+
+def test_saving_and_loading_as_peft_does(tmp_path):
+    """By the trainer, into a directory of PEFT; the state of the methods goes on from there with a merged model."""
+    start = _save(tiny_roberta(), tmp_path / "base")
+    model = AutoModelForMaskedLM.from_pretrained(start)
+    trainer = trainer_of(tmp_path, model, "das", LoraConfig(r=4, bias="all"))
+    trainer.train()
+    trainer.save_model(str(tmp_path / "bio"))
+    loaded = PeftModel.from_pretrained(AutoModelForMaskedLM.from_pretrained(start), tmp_path / "bio").eval()
+    batch = batch_of(loaded)
+    batch = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**batch).logits, trainer.model.eval()(**batch).logits, rtol=0, atol=0)
+        plain = trainer.model.merge_and_unload()
+        torch.testing.assert_close(plain(**batch).logits, loaded(**batch).logits, rtol=0, atol=1e-5)
+    following = trainer_of(tmp_path, plain, trainer.methods, LoraConfig(r=2), domain="cs")
+    following.train()
+    assert following.methods[0].importance.domains == ["general", "bio", "cs"]
+    with pytest.raises(UserError, match="an adapter already"):
+        trainer_of(tmp_path, following.model, "naive", LoraConfig())
+    card = tmp_path / "bio" / "README.md"
+    assert not card.exists()
+    card.write_text("mine")
+    following.save_model(str(tmp_path / "bio"))
+    assert "mine" in card.read_text()  # PEFT adds to it what it knows
+
+
+def test_a_model_that_has_an_adapter_goes_on_with_it(tmp_path):
+    model = randomly_adapted("roberta")
+    before, frozen = adapter_of(model), weights_of(model)
+    trainer = trainer_of(tmp_path, model, "lwf")
+    trainer.train()
+    assert_equal(weights_of(model), frozen)
+    assert all(not torch.equal(before[name], tensor) for name, tensor in adapter_of(model).items())
+
+
+# ---- what is refused -----------------------------------------------------------------------------------------------
+
+
+REFUSED = {
+    "columns of heads": ("das", LoraConfig(target_modules=["query", "attention.output.dense"]), "leave 'head' out"),
+    "no unit": ("das", LoraConfig(target_modules=["lm_head.dense"]), "query"),
+    "no unit that is masked": ("das", LoraConfig(), "no unit of the kinds that are masked (output)"),
+    "trained before": ("das", None, "merge_and_unload"),
+    "interpolation of one trained before": ("interpolate", None, "α B A"),
+    "not at 0": ("naive", LoraConfig(init_lora_weights=False), "init_lora_weights=False"),
+    "other weights of the model": ("naive", LoraConfig(init_lora_weights="pissa"), "init_lora_weights='pissa'"),
+    "DoRA": ("naive", LoraConfig(use_dora=True), "of the kind Dora"),
+    "an embedding": ("naive", LoraConfig(target_modules=["query", "position_embeddings"]), "is an embedding"),
+    "tied weights": ("naive", LoraConfig(target_modules=["decoder"]), "shares its weights"),
+    "copy of tied weights": ("naive", LoraConfig(modules_to_save=["lm_head"]), "shares its weights"),
+    "copy of units": ("das", LoraConfig(modules_to_save=["intermediate.dense"]), "in target_modules instead"),
+    "fused parameters": ("naive", LoraConfig(target_parameters=["x"]), "target_parameters"),
+    "no such module": ("naive", LoraConfig(target_modules=["q_proj"]), "q_proj"),
+    "rank 0": ("naive", LoraConfig(r=0), "positive"),
+    "no LoRA": ("naive", PrefixTuningConfig(num_virtual_tokens=2), "PrefixTuningConfig"),
+    "units apart": ("naive", LoraConfig(), "non_unit_lr_scale"),
+}
+OPTIONS = {"units apart": {"non_unit_lr_scale": 0.5}, "no unit that is masked": {"soft_mask_units": ["output"]}}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_an_adapter_cannot_do_is_said(case, tmp_path):
+    method, config, phrase = REFUSED[case]
+    model = tiny_roberta() if config else randomly_adapted("roberta", exclude_modules=["attention.output.dense"])
+    with pytest.raises(UserError) as error:
+        trainer_of(tmp_path, model, method, config, **OPTIONS.get(case, {}))
+    assert phrase in str(error.value)
+
+
+@pytest.mark.parametrize("options", [{"soft_mask_units": ["intermediate", "output"]}, {"soft_mask_strength": 0.0}])
+def test_the_projection_that_reads_the_heads_may_learn_where_heads_are_not_masked(options, tmp_path):
+    config = LoraConfig(target_modules=["attention.output.dense", "intermediate.dense"])
+    trainer = trainer_of(tmp_path, tiny_roberta(), "das", config, **options)
+    trainer.train()
+    assert all(tensor.any() for tensor in adapter_of(trainer.model).values())
+
+
+@pytest.mark.parametrize("method", sorted(set(METHODS) - set(ADAPTED_METHODS)))
+def test_methods_that_remember_single_parameters_are_refused(method, tmp_path):
+    options = {"optim": "sgd", "max_grad_norm": 0.0} if method == "ncl" else {}
+    with pytest.raises(UserError, match=f"'{method}' remembers single parameters"):
+        trainer_of(tmp_path, tiny_roberta(), method, LoraConfig(), **options)
+
+
+def test_a_quantized_model_learns_adapters_alone(tmp_path):
+    model = tiny_roberta()
+    model.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    with pytest.raises(UserError, match="quantized.*peft_config"):
+        trainer_of(tmp_path, model)
+
+
+def test_another_module_takes_no_adapter(tmp_path):
+    args = DASConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+    with pytest.raises(UserError, match="only a language model"):
+        ContinualTrainer(torch.nn.Linear(2, 2), args, peft_config=LoraConfig(target_modules=["x"]))
+
+
+# ---- the walk ------------------------------------------------------------------------------------------------------
+
+
+def walk(world: Path, output: Path, how: str, *options: str, **peft) -> Results:  # noqa: F811
+    adapter = {"r": 2, "target_modules": ["query", "value", "intermediate.dense"], "adapters": how, **peft}
+    assert _run(world, output, "--peft", json.dumps(adapter), *options) == 0
+    return Results.load(output)
+
+
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    return load_file(path / "adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def runs(world, tmp_path_factory) -> dict[str, Path]:  # noqa: F811
+    """Uninterrupted runs of DAS over two domains."""
+    root = tmp_path_factory.mktemp("adapters")
+    for how in ("merge", "stack", "apart"):
+        walk(world, root / how, how)
+    return {how: root / how for how in ("merge", "stack", "apart")}
+
+
+def loaded(world: Path, directory: Path):  # noqa: F811
+    """A stage as its card says: by PEFT, or by transformers alone."""
+    if (directory / "adapter_config.json").is_file():
+        base = AutoModelForMaskedLM.from_pretrained(world / "model")
+        return PeftModel.from_pretrained(base, directory).merge_and_unload()
+    return AutoModelForMaskedLM.from_pretrained(directory)
+
+
+def test_merged_stages_are_whole_models_with_their_adapter_beside(world, runs):  # noqa: F811
+    source = world / "model"
+    for stage in (runs["merge"] / "1-bio", runs["merge"] / "2-cs"):
+        names = {path.name for path in stage.iterdir()}
+        assert {"model.safetensors", "config.json", "adapter", "importance.safetensors", "README.md"} <= names
+        assert {path.suffix for path in stage.rglob("*") if path.is_file()} == {".json", ".safetensors", ".md"}
+        assert {path.name for path in (stage / "adapter").iterdir()} == {
+            "adapter_config.json",
+            "adapter_model.safetensors",
+        }
+        again = PeftModel.from_pretrained(AutoModelForMaskedLM.from_pretrained(source), stage / "adapter")
+        assert_equal(weights_of(again.merge_and_unload()), weights_of(AutoModelForMaskedLM.from_pretrained(stage)))
+        source = stage
+
+
+@pytest.mark.parametrize("how", ["stack", "apart"])
+def test_other_stages_are_adapters_of_the_base_model(world, runs, how):  # noqa: F811
+    for stage in (runs[how] / "1-bio", runs[how] / "2-cs"):
+        names = {path.name for path in stage.iterdir()}
+        assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= names
+        assert not names & {"model.safetensors", "config.json", "adapter"}
+        assert {path.suffix for path in stage.iterdir()} == {".json", ".safetensors", ".md"}
+        config = json.loads((stage / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == str(world / "model")
+        assert AutoTokenizer.from_pretrained(stage).mask_token == "<mask>"
+        plain = AutoModelForMaskedLM.from_pretrained(stage)  # transformers looks for the base model by itself
+        batch = {name: value for name, value in batch_of(plain).items() if name != "labels"}
+        with torch.no_grad():
+            ours = loaded(world, stage).eval()(**batch).logits
+            torch.testing.assert_close(plain.eval()(**batch).logits, ours, rtol=0, atol=1e-5)
+
+
+def test_three_ways_from_one_domain_to_the_next(world, runs, tmp_path):  # noqa: F811
+    """The first domain is the same in all. Stacked, the second is what it is merged; apart, it is as without the
+    first."""
+    first = tensors(runs["merge"] / "1-bio" / "adapter")
+    assert_equal(first, tensors(runs["stack"] / "1-bio"))
+    assert_equal(first, tensors(runs["apart"] / "1-bio"))
+    second = {how: weights_of(loaded(world, runs[how] / "2-cs")) for how in runs}
+    assert_close(second["merge"], second["stack"], 2e-5)
+    assert max((second["merge"][name] - w).abs().max() for name, w in second["apart"].items()) > 1e-3
+    stacked = tensors(runs["stack"] / "2-cs")
+    for name, tensor in first.items():
+        assert torch.equal(stacked[name][:2] if ".lora_A." in name else stacked[name][:, :2], tensor)
+    walk(world, tmp_path / "naive", "apart", "--method", "naive")
+    walk(world, tmp_path / "alone", "apart", "--method", "naive", "--domain", "cs")
+    assert_equal(tensors(tmp_path / "naive" / "2-cs"), tensors(tmp_path / "alone" / "1-cs"))
+
+
+def test_what_is_measured_is_what_was_saved_and_importance_accumulates(runs):
+    matrices = {how: Results.load(run) for how, run in runs.items()}
+    for results in matrices.values():
+        assert results.stages[2]["importance_of"] == ["general", "bio", "cs"]
+        assert results.run["recipe"]["peft"]["r"] == 2
+    merge, stack, apart = (matrices[how].matrix() for how in ("merge", "stack", "apart"))
+    assert (merge[:2] == apart[:2]).all() and abs(merge - stack).max() < 1e-4 and (merge[2] != apart[2]).all()
+
+
+@pytest.mark.parametrize("use_rslora", [True, False])
+def test_stacking_adds_up(world, tmp_path, use_rslora):  # noqa: F811
+    """Ranks and factors by pattern, with √r, and with biases and a module that are trained as a whole."""
+    peft = {
+        "use_rslora": use_rslora,
+        "rank_pattern": {"query": 3},
+        "alpha_pattern": {"value": 5},
+        "bias": "lora_only",
+        "modules_to_save": ["lm_head.dense"],
+    }
+    runs = [tmp_path / how for how in ("merge", "stack")]
+    for run in runs:
+        walk(world, run, run.name, "--method", "naive", **peft)
+    one, two = (weights_of(loaded(world, run / "2-cs")) for run in runs)
+    assert_close(one, two, 2e-5)
+    start = weights_of(AutoModelForMaskedLM.from_pretrained(world / "model"))
+    query = "roberta.encoder.layer.0.attention.self.query"
+    for name in (f"{query}.weight", f"{query}.bias", "lm_head.dense.weight"):
+        assert (one[name] - start[name]).abs().max() > 1e-4, name
+    config = json.loads((tmp_path / "stack" / "2-cs" / "adapter_config.json").read_text())
+    assert config["r"] == 4 and config["rank_pattern"] == {"query": 6}
+
+
+@pytest.mark.parametrize("how", ["merge", "stack", "apart"])
+@pytest.mark.parametrize("where", ["train cs", "measure bio", "save cs"])
+def test_a_resumed_walk_equals_the_uninterrupted_one(world, runs, tmp_path, monkeypatch, how, where):  # noqa: F811
+    what, domain = where.split()
+    name = {"train": "training_step", "measure": "measure", "save": "save_model"}[what]
+    original, calls = getattr(ContinualTrainer, name), []
+
+    def interrupt(self, *args, **kwargs):
+        here = self.domain == domain or what == "measure"
+        here &= self.state.global_step == 3 if what == "train" else not kwargs.get("_internal_call")
+        calls.append(here)
+        if sum(calls) == (2 if what == "measure" else 1) and here:  # the base model is measured before
+            raise Interrupted
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(ContinualTrainer, name, interrupt)
+    output = tmp_path / "run"
+    peft = json.dumps({"r": 2, "target_modules": ["query", "value", "intermediate.dense"], "adapters": how})
+    with pytest.raises(Interrupted):
+        _run(world, output, "--peft", peft)
+    monkeypatch.undo()
+    assert _run(world, output, "--peft", peft, "--resume") == 0
+    for path in runs[how].rglob("[0-9]*/**/*.safetensors"):
+        assert_equal(load_file(path), load_file(output / path.relative_to(runs[how])))
+    assert (Results.load(output).matrix() == Results.load(runs[how]).matrix()).all()
+
+
+@pytest.mark.parametrize("method", ADAPTED_METHODS)
+def test_every_other_method_over_two_domains(method, world, tmp_path):  # noqa: F811
+    """What it keeps goes from domain to domain; the model learns, and what is no target stays as it was."""
+    small = {"memory_size": 8, "self_replay_sweeps": 2, "replay_ratio": 0.5, "ema_decay": 0.5}
+    options = [word for key, value in small.items() for word in (f"--{key}", str(value))]
+    walk(world, tmp_path / "run", "merge", "--method", method, *options)
+    before, *stages = (
+        weights_of(AutoModelForMaskedLM.from_pretrained(path))
+        for path in (world / "model", tmp_path / "run" / "1-bio", tmp_path / "run" / "2-cs")
+    )
+    for after in stages:
+        for name, weight in after.items():
+            is_target = name.endswith("weight") and any(n in name for n in ("query", "value", "intermediate.dense"))
+            assert torch.equal(weight, before[name]) != is_target, name
+        before = after
+    kept = {path.name for path in (tmp_path / "run" / "2-cs").glob("*.safetensors")} - {"model.safetensors"}
+    files = {"das": "importance", "self_replay": "selfreplay", **{n: n for n in ("agem", "gem", "replay", "lwf")}}
+    assert kept == ({f"{files[method]}.safetensors"} if method in files else set())
+
+
+def test_self_replay_teaches_by_the_base_model_in_the_second_domain_too(world, tmp_path):  # noqa: F811
+    options = ["--method", "self_replay", "--self_replay_target", "distributions", "--memory_size", "8"]
+    walk(world, tmp_path / "run", "merge", *options, "--self_replay_sweeps", "1", "--replay_ratio", "0.5")
+    first, second = (load_file(tmp_path / "run" / stage / "selfreplay.safetensors") for stage in ("1-bio", "2-cs"))
+    assert_equal(first, second)
+    name = "roberta.encoder.layer.0.attention.self.query.base_layer.weight"
+    base = AutoModelForMaskedLM.from_pretrained(world / "model").state_dict()
+    assert torch.equal(second[f"teacher.base_model.model.{name}"], base[name.replace("base_layer.", "")])
+
+
+@pytest.mark.parametrize("how", ["merge", "stack", "apart"])
+def test_evaluating_such_runs(world, runs, tmp_path, how, monkeypatch):  # noqa: F811
+    """All that was measured is read; end-tasks start from the sum of model and adapter."""
+    run, seen = shutil.copytree(runs[how], tmp_path / how), []
+    monkeypatch.setattr(ContinualTrainer, "measure", lambda *_: pytest.fail("measured again"))
+
+    def fine_tune(path, task, config):
+        seen.append(weights_of(AutoModelForMaskedLM.from_pretrained(path)))
+        AutoTokenizer.from_pretrained(path)
+        return EndTask(task, [0], [1], torch.zeros(1, len(task.test), dtype=torch.long).numpy(), len(task.train))
+
+    monkeypatch.setattr("das_lm.run.evaluate.fine_tune", fine_tune)
+    task = tmp_path / "task"
+    task.mkdir()
+    for split in ("train", "dev", "test"):
+        rows = [{"text": f"w{number} w{number + 1}", "label": str(number % 2)} for number in range(6)]
+        (task / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert main(["evaluate", "--run", str(run), "--end_task", f"bio={task}", "--end_task_seeds", "0"]) == 0
+    assert (Results.load(run).matrix() == Results.load(runs[how]).matrix()).all()
+    for weights, stage in zip(seen[1:], ("1-bio", "2-cs"), strict=True):
+        assert_close(weights, weights_of(loaded(world, runs[how] / stage)), 1e-7)
+
+
+def test_any_adapters_are_checkpoints_and_a_base_model(world, runs, tmp_path):  # noqa: F811
+    run = runs["stack"]
+    options = ["--checkpoint", f"base={world}/model", "--checkpoint", f"bio={run}/1-bio", "--max_length", "24"]
+    options += ["--domain", f"old={world}/old.txt", "--output_dir", str(tmp_path / "measured")]
+    assert main(["evaluate", *options]) == 0
+    ours = Results.load(tmp_path / "measured").matrix()
+    assert ours[:, 0] == pytest.approx(Results.load(run).matrix()[:2, 0], abs=1e-9)
+    assert _run(world, tmp_path / "next", "--model_name_or_path", str(run / "2-cs"), "--domain", "bio") == 0
+    assert Results.load(tmp_path / "next").matrix()[0] == pytest.approx(Results.load(run).matrix()[2, :2], abs=1e-6)
+    assert Results.load(tmp_path / "next").stages[1]["importance_of"] == ["general", "bio", "cs", "bio"]
+
+
+def test_the_card_says_how_to_load_an_adapter(world, runs):  # noqa: F811
+    card = (runs["stack"] / "2-cs" / "README.md").read_text()
+    assert 'PeftModel.from_pretrained(AutoModelForMaskedLM.from_pretrained("model"), "2-cs")' in card
+    assert "library_name: peft" in card and "| `peft.r` | 2 |" in card
+    card = (runs["merge"] / "2-cs" / "README.md").read_text()
+    assert "library_name: transformers" in card and "import PeftModel" not in card
+
+
+# ---- bad input -----------------------------------------------------------------------------------------------------
+
+
+def refused(world: Path, output: Path, capsys, *options: str) -> str:  # noqa: F811
+    capsys.readouterr()
+    assert _run(world, output, *options) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error and not output.exists()
+    return error
+
+
+@pytest.mark.parametrize(
+    ("peft", "options", "phrase"),
+    [
+        ('{"rank": 8}', [], "peft: rank: unknown key. Valid"),
+        ('{"lora_aplha": 8}', [], "Did you mean 'lora_alpha'"),
+        ('{"r": "eight"}', [], "r: expected a whole number, not the text 'eight'"),
+        ('{"use_dora": true}', [], "use_dora: unknown key"),
+        ('{"adapters": "merged"}', [], "'merge', 'stack', 'apart'"),
+        ('{"r": 0}', [], "positive"),
+        ('{"r": 8', [], "--peft"),
+        ('{"load_in_4bit": true}', [], "write adapters: apart, not merge"),
+        ('{"load_in_4bit": true, "adapters": "stack"}', [], "write adapters: apart, not stack"),
+        ('{"target_modules": ["lm_head.dense"]}', [], "hold no unit"),
+        ('{"target_modules": ["query", "attention.output.dense"]}', [], "leave 'head' out of soft_mask_units"),
+        ("{}", ["--method", "ewc"], "'ewc' remembers single parameters"),
+        ("{}", ["--non_unit_lr_scale", "0"], "non_unit_lr_scale"),
+    ],
+)
+def test_bad_adapters_are_one_message_and_status_2(world, tmp_path, capsys, peft, options, phrase):  # noqa: F811
+    assert phrase in refused(world, tmp_path / "run", capsys, "--peft", peft, *options)
+
+
+def test_embeddings_of_new_tokens_belong_to_no_adapter(world, tmp_path, capsys):  # noqa: F811
+    recipe = (world / "recipe.yaml").read_text().replace("cs.txt}", "cs.txt, add_tokens: 3}")
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    options = ["--recipe", str(tmp_path / "recipe.yaml"), "--output_dir", str(tmp_path / "run")]
+    assert main(["pretrain", *options, "--peft", '{"adapters": "stack"}']) == 2
+    assert "'cs': add_tokens" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_4_bits_need_bitsandbytes(world, tmp_path, capsys, monkeypatch):  # noqa: F811
+    find = importlib.util.find_spec
+    absent = lambda name, *rest: None if name == "bitsandbytes" else find(name, *rest)  # noqa: E731
+    monkeypatch.setattr(importlib.util, "find_spec", absent)
+    peft = '{"load_in_4bit": true, "adapters": "apart"}'
+    assert "pip install bitsandbytes" in refused(world, tmp_path / "run", capsys, "--peft", peft)
+
+
+def test_a_quantized_base_at_full_weights(world, tmp_path, capsys):  # noqa: F811
+    shutil.copytree(world / "model", tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    model = ["--model_name_or_path", str(tmp_path / "base")]
+    assert "adapters: apart" in refused(world, tmp_path / "run", capsys, *model)
+    assert "without loss" in refused(world, tmp_path / "run", capsys, *model, "--peft", '{"adapters": "stack"}')
+
+
+def _deeper(directory: Path, world: Path) -> str:  # noqa: F811
+    _save(tiny_roberta(num_hidden_layers=1), world)
+    return "another model"
+
+
+def _wider(directory: Path, world: Path) -> str:  # noqa: F811
+    _save(tiny_roberta(hidden_size=16), world)
+    return "does not fit its model"
+
+
+def _gone(directory: Path, world: Path) -> str:  # noqa: F811
+    shutil.rmtree(world)
+    return "cannot be loaded"
+
+
+def _truncated(directory: Path, world: Path) -> str:  # noqa: F811
+    path = directory / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    return "broken"
+
+
+def _nameless(directory: Path, world: Path) -> str:  # noqa: F811
+    path = directory / "adapter_config.json"
+    path.write_text(path.read_text().replace(json.dumps(str(world)), "null"))
+    return "base_model_name_or_path"
+
+
+@pytest.mark.parametrize("damage", [_deeper, _wider, _gone, _truncated, _nameless])
+def test_an_adapter_without_its_model(world, runs, tmp_path, capsys, damage):  # noqa: F811
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    shutil.copytree(world / "model", base)
+    shutil.copytree(runs["stack"] / "2-cs", adapter)
+    config = adapter / "adapter_config.json"
+    config.write_text(config.read_text().replace(str(world / "model"), str(base)))
+    phrase = damage(adapter, base)
+    assert phrase in refused(world, tmp_path / "run", capsys, "--model_name_or_path", str(adapter))
+
+
+def test_an_adapter_of_another_model(world, runs, tmp_path, capsys):  # noqa: F811
+    other = _save(tiny_roberta(seed=1), tmp_path / "other")
+    options = ["--checkpoint", f"base={other}", "--checkpoint", f"bio={runs['stack']}/1-bio"]
+    options += ["--domain", f"old={world}/old.txt", "--output_dir", str(tmp_path / "measured"), "--max_length", "24"]
+    assert main(["evaluate", *options]) == 2
+    error = capsys.readouterr().err
+    assert f"is of another model: of '{world}/model', not of '{other}'" in error
+    assert not (tmp_path / "measured" / "forgetting.json").exists()
+    options = ["--model_name_or_path", str(runs["stack"] / "2-cs"), "--peft", '{"adapters": "stack"}']
+    assert "is an adapter itself" in refused(world, tmp_path / "run", capsys, *options)
+
+
+# ---- QLoRA ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+def test_qlora(world, tmp_path):  # noqa: F811
+    """Adapters of a model of 4 bits: the walk, and measuring again."""
+    _save(tiny_roberta(hidden_size=64, intermediate_size=128), tmp_path / "base")
+    options = ["--model_name_or_path", str(tmp_path / "base"), "--learning_rate", "1e-2"]
+    results = walk(world, tmp_path / "run", "apart", *options, load_in_4bit=True)
+    matrix = results.matrix()
+    assert matrix[1, 1] < matrix[0, 1] and matrix[2, 2] < matrix[0, 2]
+    assert results.stages[2]["importance_of"] == ["general", "bio", "cs"]
+    assert main(["evaluate", "--run", str(tmp_path / "run")]) == 0
+    assert (Results.load(tmp_path / "run").matrix() == matrix).all()
+
+
+def test_causal_models_walk_too(world, tmp_path):  # noqa: F811
+    _save(tiny_llama(), tmp_path / "llama")
+    adapter = json.dumps({"r": 2, "target_modules": ROWS["llama"], "adapters": "stack"})
+    options = ["--model_name_or_path", str(tmp_path / "llama"), "--peft", adapter, "--max_length", "16"]
+    assert _run(world, tmp_path / "run", *options) == 0
+    model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tmp_path / "llama"), tmp_path / "run" / "2-cs")
+    assert model.active_peft_config.r == 4 and model.active_peft_config.task_type == "CAUSAL_LM"

@@ -1,0 +1,412 @@
+"""The page as a parser and as Chromium see it; what it says; what it refuses."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from das_lm.cli import main
+from das_lm.errors import UserError
+from das_lm.measure.results import FILE_NAME
+from das_lm.report.page import write_report
+from tests.report.full_runs import language_run, plain, save, small_run
+
+SCRIPT = "<script>alert(1)</script>"
+FIGURES = [
+    *("matrix-loss", "matrix-accuracy", "matrix-cloze", "matrix-end-task"),
+    *("held-out-loss", "loss-parts", "importance-1", "importance-2", "overlap", "saturation"),
+]
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the text of every table cell, paragraph, item and heading."""
+
+    TEXTS = ("p", "li", "h1", "h2", "h3", "h4", "pre", "figcaption", "summary", "title")
+
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.attributes, self.texts, self.tables = [], [], [], []
+        self.inside = []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += [(tag, *pair) for pair in attributes]
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("th", "td"):
+            self.tables[-1][-1].append("")
+            self.inside.append(tag)
+        elif tag in self.TEXTS:
+            self.texts.append((tag, ""))
+            self.inside.append(tag)
+
+    def handle_endtag(self, tag):
+        if self.inside and tag == self.inside[-1]:
+            self.inside.pop()
+
+    def handle_data(self, data):
+        if self.inside and self.inside[-1] in ("th", "td"):
+            self.tables[-1][-1][-1] += data
+        elif self.inside:
+            tag, text = self.texts[-1]
+            self.texts[-1] = (tag, text + data)
+
+    def of(self, *tags):
+        return [text for tag, text in self.texts if tag in tags]
+
+    def values(self, name):
+        return [value for _, key, value in self.attributes if key == name]
+
+
+def read(path):
+    return Page(path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return save(language_run(["bio", SCRIPT]), tmp_path_factory.mktemp("report") / "run")
+
+
+@pytest.fixture(scope="module")
+def path(run):
+    return write_report([run])
+
+
+@pytest.fixture(scope="module")
+def page(path):
+    return read(path)
+
+
+# ---- the file ---------------------------------------------------------------------------------------------------
+
+
+def test_every_figure_has_its_files_and_a_table(run, path, page):
+    assert path == run / "report.html"
+    names = sorted(file.name for file in (run / "figures").iterdir())
+    assert names == sorted(f"{name}.{suffix}" for name in FIGURES for suffix in ("png", "svg"))
+    for name in FIGURES:
+        assert ElementTree.parse(run / "figures" / f"{name}.svg").getroot().tag.endswith("svg")
+        assert imread(run / "figures" / f"{name}.png").std() > 0.01
+    assert page.tags.count("figure") == page.tags.count("svg") == len(FIGURES)
+    html = path.read_text(encoding="utf-8")
+    for figure in re.findall(r"<figure>.*?</figure>", html, flags=re.DOTALL):
+        assert "<table>" in figure and re.search(r'role="img" aria-label="[^"]{20,}"', figure)
+
+
+def test_nothing_leaves_the_page(page):
+    """No script, and all that could be loaded lies in the page itself."""
+    assert "script" not in page.tags and not [tag for tag in page.tags if tag in ("iframe", "link", "object", "base")]
+    assert not [key for _, key, _ in page.attributes if key.startswith("on")]
+    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    assert policy in page.values("content")
+    references = [
+        value for key in ("src", "href", "xlink:href", "srcset", "action", "data") for value in page.values(key)
+    ]
+    assert references and all(value.startswith(("#", "data:image/png;base64,")) for value in references)
+    ids = page.values("id")
+    assert len(ids) == len(set(ids))
+    urls = [
+        url for value in page.values("style") + page.values("clip-path") for url in re.findall(r"url\((.*?)\)", value)
+    ]
+    targets = {value[1:] for value in [*references, *urls] if value.startswith("#")}
+    assert urls and targets <= set(ids)
+
+
+def test_a_name_is_text(page):
+    assert f"Importance after {SCRIPT}" in page.of("h3")
+    assert any(row[0] == SCRIPT for table in page.tables for row in table)
+
+
+def test_control_characters_are_in_no_file(tmp_path):
+    """Whatever names a file holds: XML allows no such character, and an editor or a terminal obeys some."""
+    bad = "\x1b[2J\x00\x85"
+    run = language_run([f"bio{bad}", "cs"])
+    run.unit += bad
+    for stage in run.stages:
+        stage["name"] += bad
+        for entry in stage.get("history", ()):
+            entry[f"loss_{bad}"] = 1.0
+    page = write_report([save(run, tmp_path / "run")], title=bad)
+    texts = [page.read_text(encoding="utf-8")]
+    for file in (tmp_path / "run" / "figures").glob("*.svg"):
+        assert ElementTree.parse(file).getroot().tag.endswith("svg")
+        texts.append(file.read_text(encoding="utf-8"))
+    assert len(texts) == 11 and not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "".join(texts))
+
+
+def test_the_same_run_gives_the_same_page(tmp_path):
+    run = save(plain(language_run(["bio"])), tmp_path / "run")
+    first, again = write_report([run]), write_report([run], tmp_path / "again")
+    assert (first, again) == (run / "report.html", tmp_path / "again" / "report.html")
+    assert again.read_bytes() == first.read_bytes()
+
+
+# ---- what it says -----------------------------------------------------------------------------------------------
+
+
+def test_words(page):
+    items = page.of("li")
+    assert items[0] == "general, never learned: loss from 1.500 to 1.800, a drift of +0.300 (worse than before)."
+    assert items[1] == (
+        "bio: its stage took the loss from 6.000 to 3.000, a gain of +3.000; at the end it is 3.300: 0.300 was lost "
+        "again (10% of the gain)."
+    )
+    assert items[2].endswith("a gain of +3.000; it was learned last, so nothing could be lost of it yet.")
+    assert items[3] == (
+        "Gain in loss, on average over what was learned: +3.000, 95 % interval [+2.980,\N{NO-BREAK SPACE}+3.020]: it "
+        "stands out of the noise, for the better."
+    )
+    assert items[4].endswith("[+0.280,\N{NO-BREAK SPACE}+0.320]: it stands out of the noise, for the worse.")
+    cloze = next(item for item in items if item.startswith("Gain in cloze accuracy"))
+    assert cloze.endswith("it does not stand out of the noise.")
+    first, mask = page.of("p")[1:3]
+    assert "learned bio and <script>alert(1)</script> with the method das." in first
+    assert "nats per masked token (lower is better) of every domain and of general, never learned" in first
+    assert re.search(r"the mean importance is \d\d% for attention heads, \d\d% for intermediate neurons and", mask)
+    assert page.of("p")[0] == "Warning about bio: 2 documents stand there twice"
+
+
+def test_tables(page):
+    figures, matrix = page.tables[:2]
+    assert figures[0] == ["", "positive is", "loss", "top-1 accuracy", "cloze accuracy", "end-task macro F1"]
+    assert [row[1] for row in figures[1:]] == ["", "good", "good", "good", "bad", "bad", "bad"]
+    assert figures[2][2] == "+3.000 [+2.980,\N{NO-BREAK SPACE}+3.020]"
+    assert [row[0] for row in matrix] == ["after", "base", "bio", SCRIPT]
+    header = ["end-task", "classes", "training", "test", "seeds", "accuracy at the end", "micro F1 at the end"]
+    tasks = next(table for table in page.tables if table[0] == header)
+    assert tasks[1][:5] == ["bio.topics", "3", "1,000", "500", "3"]
+    assert tasks[1][5] == "63.7%\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}3.8%"
+    byte = page.tables[[t[0][0] for t in page.tables].index("questions") - 3]
+    assert float(byte[1][1]) == pytest.approx(1.5 * 3740 / 16000, abs=5e-5)
+    assert "method:\n- das" in page.of("pre")[0]
+    assert ["versions", "das_lm 0.1.0, torch 2.13.0"] in page.tables[-1]
+
+
+def test_a_file_without_the_optional_keys(tmp_path):
+    run = plain(language_run(["bio", "cs"]))
+    page = read(write_report([save(run, tmp_path / "run")]))
+    assert page.tags.count("figure") == 3
+    assert "Gain in loss, on average over what was learned: +3.000, without an interval." in page.of("li")
+    assert page.tables[1][1][1] == "1.500"
+
+
+def test_what_got_better_was_not_lost(tmp_path):
+    run = plain(language_run(["bio", "cs"]))
+    run.stages[2]["scores"]["bio"]["loss"] = 2.5
+    page = read(write_report([save(run, tmp_path / "run")]))
+    assert page.of("li")[1].endswith(
+        "a gain of +3.000; at the end it is 2.500: nothing was lost, it got 0.500 better."
+    )
+
+
+@pytest.mark.parametrize("finished", [0, 1])
+def test_a_run_that_is_not_finished(tmp_path, finished):
+    run = plain(language_run(["bio", "cs", "law"], finished=finished))
+    page = read(write_report([save(run, tmp_path / "run")]))
+    missing = ["bio (stage 1), cs (stage 2), law (stage 3)", "cs (stage 2), law (stage 3)"][finished]
+    note = f"This run is not finished: {missing} have not been learned yet. All figures are those so far."
+    assert note in page.of("p")
+    assert ("Only the base model has been measured" in page.of("p")[2]) == (finished == 0)
+    drifts = [item for item in page.of("li") if "rift" in item]
+    assert ("+0.000" in page.tables[0][-1][2], len(drifts)) == (False, 2 * finished)
+
+
+@pytest.mark.parametrize("measure, loss", [("accuracy", "15.0\N{NO-BREAK SPACE}pp"), ("r2", "0.150")])
+def test_a_small_model(tmp_path, measure, loss):
+    page = read(write_report([save(small_run(measure), tmp_path / "run")], title=SCRIPT))
+    assert page.of("title", "h1") == [SCRIPT, SCRIPT]
+    assert f"{loss} was lost again" in page.of("li")[0]
+    assert "with the method ewc" in page.of("p")[0]
+    assert "(higher is better" in page.of("p")[0]
+
+
+# ---- several ----------------------------------------------------------------------------------------------------
+
+
+def test_several_runs(tmp_path, monkeypatch):
+    """Same names are told apart; the frontier comes first; the default directory is `report`."""
+    runs = [save(plain(language_run(["bio", "cs"], method="das")), tmp_path / "das" / "run")]
+    for rate in (5e-4, 1.5e-3):
+        run = language_run(["bio", "cs"], method="naive", learning_rate=rate)
+        runs.append(save(plain(run), tmp_path / f"naive{rate}" / "run"))
+    monkeypatch.chdir(tmp_path)
+    path = write_report(runs)
+    assert path.resolve() == tmp_path / "report" / "report.html"
+    page = read(path)
+    assert page.of("h1") == ["das-lm: 3 runs"]
+    assert page.of("h2") == ["The runs side by side", "das/run", "naive0.0005/run", "naive0.0015/run"]
+    assert page.of("h3")[0] == "Frontier: what was lost against what was gained"
+    assert "comparison" in page.values("id") and "#1-das-run" in page.values("href")
+    assert (tmp_path / "report" / "figures" / "comparison-frontier.svg").is_file()
+    assert (tmp_path / "report" / "figures" / "2-naive0.0005-run-matrix-loss.png").is_file()
+    ids = page.values("id")
+    assert len(ids) == len(set(ids))
+    assert any(row[0].startswith("das") for row in page.tables[0])
+
+
+def test_runs_that_cannot_be_compared_are_shown(tmp_path):
+    for name in ("bio", "law"):
+        save(plain(language_run([name])), tmp_path / "runs" / name)
+    page = read(write_report([tmp_path / "runs"], tmp_path / "out"))
+    assert page.of("h2") == ["The runs side by side", "bio", "law"]
+    assert page.of("p")[0].startswith("The runs are not compared: ")
+
+
+@pytest.fixture(scope="module")
+def benchmark(tmp_path_factory):
+    """A classic benchmark of two methods over two seeds, and a run of its search."""
+    directory = tmp_path_factory.mktemp("benchmark") / "odd_even"
+    methods, names = ("naive", "ewc"), []
+    for method in methods:
+        for seed in (0, 1):
+            names.append(f"runs/{method}-{seed}")
+            run = small_run(method=method, seed=seed)
+            if method == "naive":
+                run.stages[-1]["scores"]["even"]["accuracy"] = 0.3 - 0.01 * seed
+            save(run, directory / names[-1])
+    save(small_run(method="ewc", seed=9), directory / "search" / "ewc-9")
+    data = {
+        "experiment": "odd_even",
+        "parameters": {},
+        "description": "even digits, then odd ones",
+        "measure": "accuracy",
+        "seeds": [0, 1],
+        "search_seeds": [9],
+        "runs": names,
+        "methods": {method: {"chosen": {}, "tried": []} for method in methods},
+    }
+    (directory / "benchmark.json").write_text(json.dumps(data), encoding="utf-8")
+    return directory
+
+
+def test_a_benchmark_is_its_methods_over_seeds(benchmark, tmp_path):
+    page = read(write_report([benchmark], tmp_path / "one"))
+    assert page.of("h1") == ["das-lm: odd_even"]
+    assert page.of("h3")[:2] == ["Final average of every method", "Every task over all epochs"]
+    assert page.of("li") == ["Beats naive: ewc."]
+    assert [row[0] for row in page.tables[0]] == ["method", "naive", "ewc"]
+    assert page.tables[0][2][2].startswith("87.0")  # (0.8 + 0.93) / 2 and 0.01 more
+    from_above = read(write_report([benchmark.parent], tmp_path / "two"))
+    assert from_above.of("h1") == ["das-lm: odd_even"]
+    single = read(write_report([benchmark / "runs" / "ewc-0"], tmp_path / "three"))
+    assert single.of("h1") == ["das-lm: ewc-0"] and "Beats naive: ewc." not in single.of("li")
+
+
+# ---- what it refuses --------------------------------------------------------------------------------------------
+
+
+def test_a_benchmark_that_is_not_finished(benchmark, tmp_path):
+    directory = tmp_path / "odd_even"
+    shutil.copytree(benchmark, directory)
+    (directory / "benchmark.json").write_text('{"experiment": "odd_even", "parameters": {}}', encoding="utf-8")
+    with pytest.raises(UserError, match="not finished; the same das-lm classic command"):
+        write_report([directory])
+    assert not (directory / "report.html").exists()
+
+
+def test_bad_input(tmp_path):
+    with pytest.raises(UserError, match="no run is given"):
+        write_report([])
+    with pytest.raises(UserError, match="there is no such directory"):
+        write_report([tmp_path / "nowhere"])
+    with pytest.raises(UserError, match="there is no forgetting.json in it"):
+        write_report([tmp_path])
+    run = save(language_run(["bio"]), tmp_path / "run")
+    data = json.loads((run / FILE_NAME).read_text(encoding="utf-8"))
+    for change, message in (
+        ({"version": 99}, "version 99"),
+        ({"stages": []}, "nothing was measured yet|not as das-lm writes it"),
+        ({"stages": [{"name": "base", "scores": {"bio": {"loss": 1.0}}}]}, "not as das-lm writes it"),
+        ({"domains": ["bio"]}, "not as das-lm writes it"),
+    ):
+        (run / FILE_NAME).write_text(json.dumps({**data, **change}), encoding="utf-8")
+        with pytest.raises(UserError, match=message):
+            write_report([run])
+    (run / FILE_NAME).write_text("{", encoding="utf-8")
+    with pytest.raises(UserError, match="cannot be read"):
+        write_report([run])
+    assert sorted(file.name for file in run.iterdir()) == [FILE_NAME]
+
+
+def test_command_line(tmp_path, capsys):
+    run = save(plain(language_run(["bio"])), tmp_path / "run")
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    assert main(["report", str(run), "--output_dir", str(tmp_path / "file")]) == 2
+    assert "cannot write to" in capsys.readouterr().err
+    assert main(["report"]) == 2
+    assert "RUN" in capsys.readouterr().err
+    assert main(["report", str(run), "--output_dir", str(tmp_path / "out"), "--title", "T"]) == 0
+    assert capsys.readouterr().out == f"Report: {tmp_path / 'out' / 'report.html'}\n"
+    assert read(tmp_path / "out" / "report.html").of("h1") == ["T"]
+
+
+# ---- in Chromium ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def chromium(tmp_path):
+    """Opens a page with options; gives stdout and what was said on the console."""
+    program = shutil.which("chromium")
+    if program is None:
+        pytest.skip("chromium is not installed (apt-get install chromium)")
+
+    def open_page(path, *options):
+        command = [program, "--headless", "--disable-gpu", "--hide-scrollbars", "--window-size=1000,2400"]
+        command += [f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--v=0"]
+        command += ["--disable-background-networking", "--no-first-run"]  # its own requests
+        command += ["--no-sandbox"] if os.geteuid() == 0 else []
+        done = subprocess.run(
+            [*command, *options, path.absolute().as_uri()], capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+    return open_page
+
+
+def test_chromium_opens_it_without_a_word(chromium, path, tmp_path):
+    """With its policy, every attempt to load something would be an error on the console, as the second page shows."""
+    dom, console = chromium(path, "--dump-dom")
+    assert console == []
+    page = Page(dom)
+    assert page.tags.count("svg") == len(FIGURES) and "script" not in page.tags
+    assert page.of("h3")[: len(FIGURES)][-1] == "Saturation of the mask"
+    other = tmp_path / "other.html"
+    image = '<img src="http://127.0.0.1:9/x.png"><script>document.title = "changed"</script></body>'
+    other.write_text(path.read_text(encoding="utf-8").replace("</body>", image), encoding="utf-8")
+    dom, console = chromium(other, "--dump-dom")
+    assert len(console) == 2 and all("Content Security Policy" in line for line in console)
+    assert "changed" not in Page(dom).of("title")
+
+
+def test_chromium_light_and_dark(chromium, path, tmp_path):
+    """Dark paper and light ink where that is preferred; the colours of the figures stay."""
+    shots = {}
+    for name, scheme in (("dark", 0), ("light", 1)):
+        file = tmp_path / f"{name}.png"
+        chromium(path, f"--blink-settings=preferredColorScheme={scheme}", f"--screenshot={file}")
+        shots[name] = imread(file)[..., :3]
+    assert shots["light"].shape == shots["dark"].shape == (2400, 1000, 3)
+    paper = {name: shot[2, 2] for name, shot in shots.items()}
+    assert paper["light"].min() > 0.95 and paper["dark"].max() < 0.15
+    for name, shot in shots.items():
+        ink = np.abs(shot.mean(-1) - paper[name].mean())
+        assert 0.01 < (ink > 0.6).mean() < 0.2
+        assert ((shot[..., 2] - shot[..., 0]) > 0.2).mean() > 0.001  # blue tiles of the result matrix
+
+
+def test_chromium_prints_it(chromium, path, tmp_path):
+    file = tmp_path / "page.pdf"
+    chromium(path, f"--print-to-pdf={file}", "--no-pdf-header-footer")
+    data = file.read_bytes()
+    assert data.startswith(b"%PDF") and len(re.findall(rb"/Type\s*/Page\b", data)) > 2

@@ -96,6 +96,16 @@ def _imports_are_no_garbage():
     gc.freeze()
 
 
+@pytest.fixture(autouse=True)
+def _environment_as_it_was():
+    """`TrainingArguments(torch_compile=True)` asks for compilation through the environment, for all that follows."""
+    before = {name for name in os.environ if name.startswith("ACCELERATE_")}
+    yield
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        if name not in before:
+            del os.environ[name]
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _no_report_of_every_run():
     """Drawing takes longer than these runs; `tests/end_to_end` sees the report that ends a recipe."""

@@ -17,14 +17,15 @@ _PUBLIC = {
     "Recipe": "das_lm.run.recipe",
     "UserError": "das_lm.errors",
     "continual_pretrain": "das_lm.run.walk",
-    "load_recipe": "das_lm.run.recipe",
+    "load_recipe": "das_lm.run.recipe_file",
 }
 __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:
     from das_lm.data.domains import Domain
     from das_lm.errors import UserError
-    from das_lm.run.recipe import Recipe, load_recipe
+    from das_lm.run.recipe import Recipe
+    from das_lm.run.recipe_file import load_recipe
     from das_lm.run.walk import continual_pretrain
     from das_lm.training.config import DASConfig
     from das_lm.training.trainer import ContinualTrainer, DASTrainer

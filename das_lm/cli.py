@@ -392,7 +392,7 @@ def search_lambda(arguments: list[str]) -> None:
         about = {"parameters": _experiment_parameters(options), **options, "method": method, "options": training}
         objective = searching.experiment_objective(**about)
     else:
-        from das_lm.run.recipe import load_recipe
+        from das_lm.run.recipe_file import load_recipe
 
         options.pop("recipe")
         if options:
@@ -413,7 +413,7 @@ def pretrain(arguments: list[str]) -> None:
         usage="%(prog)s --recipe NAME_OR_PATH [OPTION …]",
         description="Learn the domains of a recipe one after the other. What is given here goes before the recipe.",
     )
-    from das_lm.run.recipe import load_recipe
+    from das_lm.run.recipe_file import load_recipe
 
     resume, overwrite, print_only = (
         options.pop(key, False) for key in ("resume", "overwrite_output_dir", "print_recipe")
@@ -451,7 +451,7 @@ def sweep(arguments: list[str]) -> None:
 
 def _recipe_and_overrides(kind: type[RecipeOptions], options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """Name or path of the recipe, and what goes before it."""
-    from das_lm.run.recipe import recipes
+    from das_lm.run.recipe_file import recipes
 
     if "recipe" not in options:
         raise UserError(f"--recipe is missing; give the path of a .yaml file or one of {', '.join(sorted(recipes()))}")
@@ -598,7 +598,7 @@ def recipes(arguments: list[str]) -> None:
         pass
 
     Parser(prog="das-lm recipes", description=recipes.__doc__).parse(arguments)
-    from das_lm.run.recipe import describe_recipes
+    from das_lm.run.recipe_file import describe_recipes
 
     for name, description in describe_recipes().items():
         print(f"{name:24} {description}")
@@ -637,7 +637,7 @@ def check_data(arguments: list[str]) -> int:
 
     from das_lm.files import write_json
     from das_lm.measure.leakage import check
-    from das_lm.run.recipe import load_recipe
+    from das_lm.run.recipe_file import load_recipe
     from das_lm.terminal import Console
 
     given = {key: options[key] for key in ("domain", "measure", "text_column") if options[key]}

@@ -42,7 +42,7 @@ from das_lm.files import write_json
 from das_lm.measure.results import FILE_NAME, Results
 from das_lm.methods import METHODS, Method
 from das_lm.report.benchmark import SUMMARY_NAME, TABLE_NAME, Choice, Report
-from das_lm.run.recipe import check_training
+from das_lm.run.arguments import check_training
 from das_lm.signals import Signals, check_signals
 from das_lm.terminal import Console
 from das_lm.training.config import DASConfig

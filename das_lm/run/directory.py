@@ -156,7 +156,7 @@ def check_output(output: Path, recipe: Recipe, resume: bool, overwrite: bool) ->
             "among what is removed; move it elsewhere, or name another --output_dir"
         )
     if resume:
-        from das_lm.run.recipe import load_recipe
+        from das_lm.run.recipe_file import load_recipe
 
         trusts = {"trust_remote_code": recipe.trust_remote_code}
         before = load_recipe(output / RECIPE_NAME, trusts, check_device=False)  # as it was written, or a message
@@ -222,7 +222,7 @@ def _stages_in(directory: Path) -> list[str] | None:
             marker = json.loads((directory / MARKER_NAME).read_text(encoding="utf-8"))
             stages = marker["stages"] if marker["format"] == MARKER_FORMAT else None
         else:
-            from das_lm.run.recipe import load_recipe
+            from das_lm.run.recipe_file import load_recipe
 
             recipe = load_recipe(directory / RECIPE_NAME, {"trust_remote_code": False}, check_device=False)
             learned = [name for name, stage in Results.load(directory).domains.items() if stage]

@@ -168,7 +168,7 @@ def load_entry(path: str) -> Architecture:
     Raises:
         UserError: no such file, no YAML, or no entry.
     """
-    from das_lm.run.recipe import read_yaml
+    from das_lm.run.recipe_file import read_yaml
 
     data, _ = read_yaml(Path(path))
     data = data.get("units", data)

@@ -21,7 +21,7 @@ from rich.markup import escape
 from das_lm.errors import UserError
 from das_lm.measure.results import FILE_NAME, Results
 from das_lm.report.compare import Comparison, compare, is_finished
-from das_lm.run.recipe import find_recipe, load_recipe
+from das_lm.run.recipe_file import find_recipe, load_recipe
 from das_lm.terminal import Console
 
 if TYPE_CHECKING:

@@ -31,7 +31,7 @@ from das_lm.classic.search import (
 from das_lm.cli import main
 from das_lm.errors import UserError
 from das_lm.run.directory import locked
-from das_lm.run.recipe import load_recipe
+from das_lm.run.recipe_file import load_recipe
 from tests.conftest import build_tokenizer, tiny_roberta
 
 QUIET = Console(quiet=True)

@@ -25,7 +25,7 @@ from das_lm.data.streaming import DocumentStream, TrainingStream
 from das_lm.errors import UserError
 from das_lm.measure.results import Results
 from das_lm.randomness import permutation
-from das_lm.run.recipe import load_recipe
+from das_lm.run.recipe_file import load_recipe
 from tests.conftest import WORDS, build_tokenizer, tiny_roberta
 from tests.data.test_packing import make_documents, make_tokenizer
 

@@ -25,7 +25,7 @@ from das_lm.files import seal
 from das_lm.model.adapters import with_adapter
 from das_lm.report.page import write_report
 from das_lm.run.evaluate import evaluate_checkpoints
-from das_lm.run.recipe import load_recipe
+from das_lm.run.recipe_file import load_recipe
 from das_lm.run.sweep import plan
 from das_lm.training.trainer import ContinualTrainer
 from tests.conftest import build_tokenizer, random_blocks, tiny_roberta

@@ -9,7 +9,8 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from das_lm.data.domains import Domain
 from das_lm.errors import UserError
-from das_lm.run.recipe import Recipe, load_recipe
+from das_lm.run.recipe import Recipe
+from das_lm.run.recipe_file import load_recipe
 from das_lm.training.config import BOUNDS, CHOICES, DASConfig
 from das_lm.training.trainer import ContinualTrainer
 from tests.conftest import build_tokenizer, random_blocks, tiny_roberta

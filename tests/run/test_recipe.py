@@ -8,7 +8,8 @@ import yaml
 
 from das_lm.data.domains import Domain
 from das_lm.errors import UserError
-from das_lm.run.recipe import Recipe, describe_recipes, find_recipe, load_recipe, recipes
+from das_lm.run.recipe import Recipe
+from das_lm.run.recipe_file import describe_recipes, find_recipe, load_recipe, recipes
 from das_lm.training.config import DASConfig
 
 MINIMAL = """\
@@ -422,7 +423,7 @@ def test_import_is_light(tmp_path):
     import subprocess
 
     heavy = ("torch", "transformers", "datasets")
-    code = f"import sys, das_lm.run.recipe, das_lm.cli; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, das_lm.run.recipe_file, das_lm.cli; print([m for m in {heavy} if m in sys.modules])"
     root = Path(__file__).parents[2]
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
     assert out.stdout.strip() == "[]"

@@ -11,7 +11,7 @@ from das_lm.measure.results import Results
 from das_lm.report.page import _facts
 from das_lm.run.directory import CADENCE, HARMLESS, LENGTH, check_output, open_output
 from das_lm.run.evaluate import evaluate_run
-from das_lm.run.recipe import load_recipe
+from das_lm.run.recipe_file import load_recipe
 from das_lm.training.config import DASConfig
 from das_lm.training.trainer import ContinualTrainer
 from tests.conftest import build_tokenizer, random_blocks, tiny_roberta

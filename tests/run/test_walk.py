@@ -21,7 +21,7 @@ from transformers import (
 from das_lm.cli import main
 from das_lm.measure.results import Results
 from das_lm.run import directory as run_directory
-from das_lm.run.recipe import load_recipe
+from das_lm.run.recipe_file import load_recipe
 from das_lm.training.trainer import ContinualTrainer
 from das_lm.units import Units
 from das_lm.units.importance import Importance

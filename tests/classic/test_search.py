@@ -17,7 +17,6 @@ from das_lm.classic.search import (
     RESULT_NAME,
     Curve,
     Search,
-    _confirming,
     bracket_search,
     check_method,
     compare,
@@ -133,7 +132,7 @@ def test_interrupted_at_every_run_and_resumed_it_is_the_same(tmp_path, monkeypat
     calls = []
     search_lambda(SMALL, objective(bowl, 0.5, calls=calls), tmp_path / "whole", console=QUIET)
     assert (tmp_path / "whole" / PLOT_NAME).read_bytes()[:4] == b"\x89PNG"
-    monkeypatch.setattr(lambda_search, "plot", lambda *_: None)  # at every interruption, it would take long
+    monkeypatch.setattr(lambda_search.report, "plot", lambda *_: None)  # at every interruption, it would take long
     whole = (tmp_path / "whole" / RESULT_NAME).read_text()
 
     again, attempts = [], 0
@@ -287,13 +286,13 @@ def finding(search, start):
     def measure(trial, weight):
         return known.setdefault((trial, weight), runs[trial](weight)["measure"])
 
-    runs = {n: start(search.trial_seed(n)) for n in [*range(search.trials), *_confirming(search)]}
+    runs = {n: start(search.trial_seed(n)) for n in [*range(search.trials), *search.confirming]}
     for trial in range(search.trials):
         measure(trial, 0.0)
         bracket_search(lambda weight, trial=trial: measure(trial, weight), *search.bracket(trial), search)
     trials = [{w: value for (n, w), value in known.items() if n == trial} for trial in range(search.trials)]
     chosen = Curve(search, trials).chosen
-    confirmed = {weight: [measure(n, weight) for n in _confirming(search)] for weight in {*search.references, chosen}}
+    confirmed = {weight: [measure(n, weight) for n in search.confirming] for weight in {*search.references, chosen}}
     return verdict(chosen, confirmed, search)
 
 

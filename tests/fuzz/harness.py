@@ -58,7 +58,7 @@ def nothing_trains() -> Iterator[None]:
         for name in (
             "das_lm.training.trainer.ContinualTrainer.train",
             "das_lm.classic.benchmark.learn_all",
-            "das_lm.classic.search._Trial.measure",
+            "das_lm.classic.search.trial.Trial.measure",
             "das_lm.run.evaluate.fine_tune",
         ):
             stack.enter_context(mock.patch(name, side_effect=Begun))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "Architecture": "das_lm.units.discovery",
+    "Architecture": "das_lm.units.architectures",
     "ContinualTrainer": "das_lm.training.trainer",
     "DASConfig": "das_lm.training.config",
     "DASTrainer": "das_lm.training.trainer",
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from das_lm.run.walk import continual_pretrain
     from das_lm.training.config import DASConfig
     from das_lm.training.trainer import ContinualTrainer, DASTrainer
-    from das_lm.units.discovery import Architecture
+    from das_lm.units.architectures import Architecture
     from das_lm.units.importance import Importance
 
 

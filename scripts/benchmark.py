@@ -43,8 +43,10 @@ from transformers import TrainingArguments as PlainArguments
 
 from das_lm import DASConfig, DASTrainer
 from das_lm.classic import MLP
-from das_lm.data.blocks import IGNORED, MLMMasking, NextTokens, PaddingCollator, TrainingBlocks
+from das_lm.data.blocks import TrainingBlocks
 from das_lm.data.built_in import BASE_MODEL
+from das_lm.data.collating import PaddingCollator
+from das_lm.data.masking import IGNORED, MLMMasking, NextTokens
 from das_lm.methods.per_example import PerExample
 from das_lm.model.objective import LanguageModeling
 from das_lm.training.cpu import keep_freed_memory

@@ -37,9 +37,11 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
-from das_lm.data.blocks import IGNORED, HeldOutWindows, PaddingCollator, labeling
+from das_lm.data.blocks import HeldOutWindows
 from das_lm.data.built_in import BASE_MODEL, CAUSAL_MODEL, DOMAINS, cloze, documents
 from das_lm.data.built_in.generator import compose
+from das_lm.data.collating import PaddingCollator
+from das_lm.data.masking import IGNORED, labeling
 from das_lm.data.packing import special_tokens, windows
 from das_lm.measure.cloze import cloze_accuracy, load_questions
 

@@ -22,8 +22,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaForMaskedLM
 
 from das_lm import ContinualTrainer, DASConfig
-from das_lm.data.blocks import MLMMasking
 from das_lm.data.domains import Domain
+from das_lm.data.masking import MLMMasking
 from das_lm.data.streaming import SHUFFLE_BUFFER, TrainingStream
 
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]

@@ -4,82 +4,19 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from das_lm.data.masking import IGNORED, MLMMasking, NextTokens
 from das_lm.errors import UserError, did_you_mean
 from das_lm.randomness import addressed_seed, permutation
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-IGNORED = -100  # the label of a token that is not predicted
 SCHEDULES = ("sequential", "alternating", "interleaved")
-
-
-class MLMMasking:
-    """
-    Masking for masked language modeling: of the tokens that are predicted, 80 % become the mask token, 10 % a random
-    one (Devlin et al., arXiv 1810.04805). Special tokens are never predicted; at least one token always is.
-
-    Args:
-        tokenizer: with a mask token.
-        probability: share of tokens that are predicted.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, probability: float):
-        if tokenizer.mask_token_id is None:
-            raise UserError("the tokenizer has no mask token: masked language modeling needs one")
-        self.probability = probability
-        self.mask_token_id = tokenizer.mask_token_id
-        self.vocabulary = len(tokenizer)
-        self.special_ids = np.array(sorted(tokenizer.all_special_ids))
-
-    def __call__(self, input_ids: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids, shape [tokens] -> ids with masks and labels (`IGNORED` where nothing is predicted)."""
-        generator = np.random.Generator(np.random.Philox(seed))
-        draws = generator.random((2, len(input_ids)))
-        ordinary = ~np.isin(input_ids, self.special_ids)
-        predicted = (draws[0] < self.probability) & ordinary
-        if not predicted.any() and ordinary.any():
-            predicted[np.argmin(np.where(ordinary, draws[0], 2))] = True
-        masked = np.where(predicted & (draws[1] < 0.8), self.mask_token_id, input_ids)
-        replaced = predicted & (draws[1] >= 0.9)
-        masked[replaced] = generator.integers(self.vocabulary, size=replaced.sum())
-        return masked, np.where(predicted, input_ids, IGNORED)
-
-    @property
-    def address(self) -> tuple[Any, ...]:
-        """What the masks depend on beside seed and text."""
-        return self.probability, self.mask_token_id, self.vocabulary
-
-    def predicted(self, labels: np.ndarray) -> np.ndarray:
-        """Which tokens of the text are predicted, shape [tokens], bool."""
-        return labels != IGNORED
-
-
-class NextTokens:
-    """Labels for causal language modeling: at every position the token that follows, at the last one nothing."""
-
-    address = ("next token",)
-
-    def __call__(self, input_ids: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids, shape [tokens] -> the same, and labels; no randomness is in it."""
-        return input_ids, np.append(input_ids[1:], IGNORED)
-
-    def predicted(self, labels: np.ndarray) -> np.ndarray:
-        """Which tokens of the text are predicted, shape [tokens], bool: all but the first."""
-        return np.append(False, labels[:-1] != IGNORED)
-
-
-def labeling(tokenizer: PreTrainedTokenizerBase, causal: bool, mlm_probability: float) -> MLMMasking | NextTokens:
-    """What makes inputs and labels of a text, for a causal or a masked language model."""
-    return NextTokens() if causal else MLMMasking(tokenizer, mlm_probability)
 
 
 class TrainingRows(Dataset):
@@ -320,34 +257,3 @@ class SingleMasks(Dataset):
         input_ids[position] = self.held_out.masking.mask_token_id
         size = {"bytes": int(row["bytes"][position])} if "bytes" in row else {}
         return {"input_ids": input_ids, "labels": labels, "document": self._place[int(row["document"])], **size}
-
-
-class PaddingCollator:
-    """
-    Makes a batch: pads `input_ids` and `labels` to the longest row and adds the attention mask, all of shape
-    [batch, tokens]; numbers become a vector of shape [batch].
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        padding = tokenizer.pad_token_id or 0  # nothing attends to it
-        self.padding = {"input_ids": padding, "labels": IGNORED, "attention_mask": 0}
-
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        length = max(len(row["input_ids"]) for row in rows)
-        rows = [{**row, "attention_mask": np.ones(len(row["input_ids"]), dtype=np.int64)} for row in rows]
-        batch = {}
-        for name in rows[0]:
-            if name in self.padding:
-                batch[name] = torch.full((len(rows), length), self.padding[name], dtype=torch.int64)
-                for index, row in enumerate(rows):
-                    batch[name][index, : len(row[name])] = torch.from_numpy(np.asarray(row[name]))
-            else:
-                batch[name] = torch.tensor([row[name] for row in rows])
-        return batch
-
-
-def collate(rows: Mapping[str, torch.Tensor] | Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-    """Makes a batch of rows of tensors or numbers; what a data set's `__getitems__` made is a batch already."""
-    if isinstance(rows, Mapping):
-        return dict(rows)
-    return {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in rows[0]}

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from das_lm.data.blocks import MLMMasking, NextTokens, TrainingBlocks
+from das_lm.data.blocks import TrainingBlocks
+from das_lm.data.masking import MLMMasking, NextTokens
 from das_lm.data.packing import cut, nothing_in, separator_of, special_tokens, text_room, tokenize, with_special_tokens
 from das_lm.data.readers import missing_column, text_of, to_row
 from das_lm.errors import UserError

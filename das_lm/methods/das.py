@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from das_lm.data.blocks import IGNORED
+from das_lm.data.masking import IGNORED
 from das_lm.errors import UserError
 from das_lm.methods.base import MEASURING, Method
 from das_lm.model.objective import Output, has_active_dropout, run_language_model

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import get_gradient_edge
 
-from das_lm.data.blocks import IGNORED
+from das_lm.data.masking import IGNORED
 from das_lm.errors import UserError
 from das_lm.methods.base import MEASURING, Method, Tensors
 from das_lm.methods.ewc import FISHER_EPOCH, fisher, sampled_targets

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from das_lm.data.blocks import IGNORED
+from das_lm.data.masking import IGNORED
 from das_lm.data.packing import special_tokens, start_token
 from das_lm.errors import UserError
 from das_lm.methods.replay import Replay

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from das_lm.data.blocks import IGNORED
+from das_lm.data.masking import IGNORED
 from das_lm.errors import UserError
 from das_lm.units.discovery import Units
 

@@ -18,8 +18,9 @@ from torch import nn
 
 from das_lm.data.built_in import MODELS
 from das_lm.errors import UserError, as_user_error, did_you_mean, one_line
+from das_lm.units.architectures import ARCHITECTURES, Architecture
 from das_lm.units.contract import PROPERTIES, check_contract, randomize
-from das_lm.units.discovery import ARCHITECTURES, Architecture, Group, Slice, Units
+from das_lm.units.discovery import Group, Slice, Units
 from das_lm.units.proposal import as_yaml, find_layers, propose
 
 if TYPE_CHECKING:

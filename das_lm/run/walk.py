@@ -32,7 +32,8 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from das_lm import __version__
 from das_lm.data.added_tokens import add_words, find_new_words
-from das_lm.data.blocks import HeldOutWindows, TrainingBlocks, labeling
+from das_lm.data.blocks import HeldOutWindows, TrainingBlocks
+from das_lm.data.masking import labeling
 from das_lm.data.packing import pack, windows
 from das_lm.data.streaming import TrainingStream
 from das_lm.errors import UserError, one_line

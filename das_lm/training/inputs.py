@@ -19,8 +19,10 @@ from torch.utils.data import IterableDataset as TorchStream
 from transformers import TrainingArguments
 from transformers.training_args import ParallelMode
 
-from das_lm.data.blocks import HeldOutWindows, PaddingCollator, TrainingBlocks, TrainingRows, collate, labeling
+from das_lm.data.blocks import HeldOutWindows, TrainingBlocks, TrainingRows
 from das_lm.data.built_in import MODELS
+from das_lm.data.collating import PaddingCollator, collate
+from das_lm.data.masking import labeling
 from das_lm.data.packing import longest_input, nothing_in, pack, windows
 from das_lm.data.readers import missing_column, text_of
 from das_lm.data.streaming import DocumentStream, TrainingStream

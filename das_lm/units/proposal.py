@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from das_lm.errors import UserError
+from das_lm.units.architectures import Architecture
 from das_lm.units.contract import find_problems
-from das_lm.units.discovery import Architecture, Units, features_of, head_owners, is_transposed
+from das_lm.units.discovery import Units, features_of, head_owners, is_transposed
 
 ATTENTION_LAYOUTS = ("head", "kv", "head head head", "head kv kv", "(head kv kv)", "head head", "kv kv", "(kv kv)")
 ATTENTION_OUT = re.compile(r"(^|[._])(out|output|o_proj|dense|c_proj|wo)", re.IGNORECASE)
@@ -58,7 +59,7 @@ def propose(model: nn.Module) -> Architecture:
     raise UserError(
         f"no entry was found for model type '{model.config.model_type}': the contract holds for none of {count} "
         f"guesses. A layer has the projections {', '.join(held)}. Write an entry by hand, as those in "
-        "das_lm/units/discovery.py, and check it with --entry FILE.yaml"
+        "das_lm/units/architectures.py, and check it with --entry FILE.yaml"
     )
 
 

@@ -21,7 +21,7 @@ from das_lm.classic import (
     load_images,
 )
 from das_lm.classic.images import read_idx, spread
-from das_lm.data.blocks import collate
+from das_lm.data.collating import collate
 from das_lm.errors import UserError
 
 MNIST = Path(__file__).resolve().parents[3] / "shared" / "data" / "mnist"

@@ -10,7 +10,9 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from das_lm.data.blocks import HeldOutWindows, MLMMasking, PaddingCollator, TrainingBlocks
+from das_lm.data.blocks import HeldOutWindows, TrainingBlocks
+from das_lm.data.collating import PaddingCollator
+from das_lm.data.masking import MLMMasking
 from das_lm.errors import UserError
 from das_lm.randomness import addressed_seed
 from tests.conftest import BOS, EOS, MASK, PAD, SPECIAL_TOKENS, VOCABULARY, random_blocks
@@ -110,7 +112,8 @@ def test_addressed_seed_is_the_same_everywhere():
 
 #: Needs torch alone, which starts faster than transformers and datasets.
 SCRIPT = """
-from das_lm.data.blocks import MLMMasking, TrainingBlocks
+from das_lm.data.blocks import TrainingBlocks
+from das_lm.data.masking import MLMMasking
 
 class Tokenizer:
     mask_token_id, all_special_ids = 4, [0, 1, 2, 3, 4]

@@ -18,8 +18,9 @@ from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 from das_lm import ContinualTrainer, DASConfig
 from das_lm.cli import main
 from das_lm.data import domains, streaming
-from das_lm.data.blocks import TrainingBlocks, labeling
+from das_lm.data.blocks import TrainingBlocks
 from das_lm.data.domains import Domain
+from das_lm.data.masking import labeling
 from das_lm.data.packing import pack
 from das_lm.data.streaming import DocumentStream, TrainingStream
 from das_lm.errors import UserError

@@ -13,8 +13,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from das_lm.data.blocks import TrainingBlocks, labeling
+from das_lm.data.blocks import TrainingBlocks
 from das_lm.data.domains import Domain
+from das_lm.data.masking import labeling
 from das_lm.data.packing import pack, windows
 from das_lm.errors import UserError
 from tests.conftest import build_tokenizer

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from das_lm import ContinualTrainer, DASConfig
-from das_lm.data.blocks import MLMMasking, TrainingBlocks, TrainingRows
+from das_lm.data.blocks import TrainingBlocks, TrainingRows
+from das_lm.data.masking import MLMMasking
 from das_lm.errors import UserError
 from das_lm.methods import EMA, METHODS, Interpolate, LwF, Replay, SelfReplay
 from das_lm.methods.agem import memory_gradient

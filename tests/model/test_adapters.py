@@ -14,7 +14,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, LlamaForCausalLM
 
 from das_lm import ContinualTrainer, DASConfig, Importance
 from das_lm.cli import main
-from das_lm.data.blocks import labeling
+from das_lm.data.masking import labeling
 from das_lm.errors import UserError
 from das_lm.files import newest_checkpoint
 from das_lm.measure.end_task import EndTask

@@ -28,7 +28,8 @@ from transformers import (
 
 from das_lm import ContinualTrainer, DASConfig
 from das_lm.cli import main
-from das_lm.data.blocks import IGNORED, NextTokens, TrainingBlocks
+from das_lm.data.blocks import TrainingBlocks
+from das_lm.data.masking import IGNORED, NextTokens
 from das_lm.errors import UserError
 from das_lm.measure.results import Results
 from das_lm.methods import METHODS

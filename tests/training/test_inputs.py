@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from das_lm import ContinualTrainer, DASConfig, DASTrainer, Domain, continual_pretrain, load_recipe
-from das_lm.data.blocks import PaddingCollator
 from das_lm.data.built_in import MODELS
+from das_lm.data.collating import PaddingCollator
 from das_lm.errors import UserError
 from das_lm.methods import EWC
 from tests.conftest import WORDS, build_tokenizer, random_blocks, tiny_roberta

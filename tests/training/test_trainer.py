@@ -24,7 +24,9 @@ from transformers import (
 )
 
 from das_lm import ContinualTrainer, DASConfig, DASTrainer, Importance
-from das_lm.data.blocks import MLMMasking, PaddingCollator, TrainingBlocks
+from das_lm.data.blocks import TrainingBlocks
+from das_lm.data.collating import PaddingCollator
+from das_lm.data.masking import MLMMasking
 from das_lm.errors import UserError
 from das_lm.files import newest_checkpoint, seal
 from das_lm.training import trainer

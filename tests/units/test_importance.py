@@ -12,7 +12,9 @@ from scipy.stats import spearmanr
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM
 
-from das_lm.data.blocks import MLMMasking, PaddingCollator, TrainingBlocks
+from das_lm.data.blocks import TrainingBlocks
+from das_lm.data.collating import PaddingCollator
+from das_lm.data.masking import MLMMasking
 from das_lm.errors import UserError
 from das_lm.model.objective import run_language_model
 from das_lm.units import Architecture, Units

@@ -9,7 +9,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from das_lm.run import recipe
+from das_lm.run import recipe_file
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -47,10 +47,10 @@ def test_every_package_is_in_the_wheel():
 
 def test_recipes_of_a_wheel_and_of_a_checkout(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert recipe.recipes()["bio_then_cs"] == ROOT / "recipes" / "bio_then_cs.yaml"
+    assert recipe_file.recipes()["bio_then_cs"] == ROOT / "recipes" / "bio_then_cs.yaml"
     installed, others = tmp_path / "site" / "das_lm" / "recipes", tmp_path / "site" / "recipes"
     for folder in (installed, others):
         folder.mkdir(parents=True)
         (folder / f"of_{folder.parent.name}.yaml").touch()
-    monkeypatch.setattr(recipe.resources, "files", lambda package: tmp_path / "site" / package)
-    assert recipe.recipes() == {"of_das_lm": installed / "of_das_lm.yaml"}
+    monkeypatch.setattr(recipe_file.resources, "files", lambda package: tmp_path / "site" / package)
+    assert recipe_file.recipes() == {"of_das_lm": installed / "of_das_lm.yaml"}

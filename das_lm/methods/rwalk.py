@@ -27,7 +27,7 @@ class RWalk(PathIntegral):
     the old score, and during a step the gradient and the parameters before it.
     """
 
-    options = (*PathIntegral.options, "fisher", "rwalk_decay", "rwalk_interval")
+    options = (*PathIntegral.options, "fisher", "rwalk_decay", "rwalk_interval", "importance_batch_size")
     kept = (*PathIntegral.kept, "fisher", "score", "old_score", "start")
     EPSILON = 1e-3
 

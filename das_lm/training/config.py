@@ -264,7 +264,7 @@ class DASConfig(TrainingArguments):
 
     penalty_weight: float = field(default=1.0, metadata={"help": "Weight λ of l2, ewc, mas, si, rwalk, scp."})
     fisher: str = field(
-        default="true", metadata={"help": f"Labels of the Fisher of ewc and rwalk: {', '.join(FISHERS)}."}
+        default="true", metadata={"help": f"Labels of the Fisher of ewc, rwalk and ncl: {', '.join(FISHERS)}."}
     )
     ewc_mode: str = field(default="separate", metadata={"help": f"Kind of EWC: {', '.join(EWC_MODES)}."})
     ewc_decay: float = field(default=0.95, metadata={"help": "Decay of the old Fisher in online EWC."})

@@ -17,6 +17,7 @@ OPTIONS = {
     "ewc": {"ewc_mode": "online"},
     "interpolate": {"interpolation_alpha": "auto"},
     "ncl": {"optim": "sgd", "max_grad_norm": 0.0},
+    "rwalk": {"rwalk_interval": 4},
     "self_replay": {"self_replay_target": "distributions"},
 }
 

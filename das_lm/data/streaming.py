@@ -45,6 +45,7 @@ class DocumentStream:
         min_characters: shorter documents are left out.
         held_out: ids (see `readers.to_row`) of documents that are left out wherever they stand.
         is_remote: reading what was read before, to see that it is the same, would load it again; it is not done.
+        option: names the column, in messages.
     """
 
     def __init__(
@@ -55,9 +56,10 @@ class DocumentStream:
         min_characters: int = 1,
         held_out: Collection[str] = (),
         is_remote: bool = False,
+        option: str = "column",
     ):
         self.source, self.column, self.where, self.is_remote = source, column, where, is_remote
-        self.min_characters, self.held_out = min_characters, frozenset(held_out)
+        self.min_characters, self.held_out, self.option = min_characters, frozenset(held_out), option
 
     def batches(self, state: Any = None) -> Iterator[tuple[Any, list[dict[str, Any]]]]:
         """
@@ -79,9 +81,9 @@ class DocumentStream:
         try:
             for batch in source.iter(ROWS_AT_ONCE):
                 if self.column not in batch:
-                    raise UserError(missing_column(self.where, self.column, list(batch)))
+                    raise UserError(missing_column(self.where, self.column, list(batch), self.option))
                 for value in batch[self.column]:
-                    row = to_row(text_of(value, self.where, self.column))
+                    row = to_row(text_of(value, self.where, self.column, self.option))
                     if row["characters"] >= self.min_characters and row["id"] not in self.held_out:
                         rows.append(row)
                         characters += len(row["text"])

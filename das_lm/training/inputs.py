@@ -12,26 +12,29 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from peft import PeftModel
 from torch import nn
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import IterableDataset as TorchStream
-from transformers import TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.training_args import ParallelMode
 
 from das_lm.data.blocks import HeldOutWindows, TrainingBlocks, TrainingRows
 from das_lm.data.built_in import MODELS
-from das_lm.data.collating import PaddingCollator, collate
+from das_lm.data.collating import OwnCollator, PaddingCollator, collate
 from das_lm.data.masking import labeling
 from das_lm.data.packing import longest_input, nothing_in, pack, windows
 from das_lm.data.readers import missing_column, text_of
 from das_lm.data.streaming import DocumentStream, TrainingStream
-from das_lm.errors import UserError, did_you_mean
+from das_lm.errors import UserError, as_user_error, did_you_mean
 from das_lm.methods import METHODS, Method
 from das_lm.model.adapters import base_of, check_adapter_kind, with_adapter
 from das_lm.model.loading import load_whole, read_config, read_tokenizer, saved_as_causal
 from das_lm.model.objective import ModuleLoss
 from das_lm.training.config import DASConfig
+from das_lm.units import Architecture
 
 # ---- arguments, model, methods -------------------------------------------------------------------------------------
 
@@ -83,8 +86,14 @@ def check_arguments(args: DASConfig, given: Mapping[str, Any]) -> None:
             "whole batch hides; leave it out, or train a module whose forward returns your loss (no processing_class)"
         )
     if given.get("compute_metrics"):
-        for name in ("batch_eval_metrics", "include_for_metrics"):
-            if getattr(args, name):
+        if args.prediction_loss_only:
+            raise UserError("prediction_loss_only: compute_metrics needs the predictions; leave one of the two out")
+        for name, off in (
+            ("batch_eval_metrics", False),
+            ("include_for_metrics", []),
+            ("eval_do_concat_batches", True),
+        ):
+            if getattr(args, name) != off:
                 raise UserError(
                     f"{name}: compute_metrics gets the predictions and labels of the whole data set, and nothing "
                     "else; leave it out (preprocess_logits_for_metrics makes what is kept of a batch small)"
@@ -99,7 +108,7 @@ def check_arguments(args: DASConfig, given: Mapping[str, Any]) -> None:
 
 
 def named_model(
-    model: str | nn.Module | None, model_init: Any, options: Mapping[str, Any] | None, tokenizer: Any
+    model: str | Path | nn.Module | None, model_init: Any, options: Mapping[str, Any] | None, tokenizer: Any
 ) -> tuple[nn.Module | None, Any]:
     """
     The model and its tokenizer (`None` for a module that reads no text). A language model that is given by name is
@@ -112,6 +121,9 @@ def named_model(
     """
     if (model is None) == (model_init is None):
         raise UserError("model: give a model or its name, or in its place a model_init that makes it")
+    if model_init is not None and not (callable(model_init) and len(inspect.signature(model_init).parameters) <= 1):
+        raise UserError("model_init: give a function of nothing, or of a trial alone, that returns a model")
+    model = os.fspath(model) if isinstance(model, Path) else model
     options = dict(options or {})
     if not isinstance(model, str):
         if options:
@@ -121,8 +133,29 @@ def named_model(
     if base_of(path):
         raise UserError(f"model: '{model}' is an adapter; load it with PEFT's PeftModel, and give the model")
     shared = {key: options[key] for key in ("revision", "token", "trust_remote_code", "cache_dir") if key in options}
-    model = load_whole(path, saved_as_causal(read_config(path, **shared)), **options)
-    return model, read_tokenizer(path, model.config.vocab_size, **shared) if tokenizer is None else tokenizer
+    try:
+        model = load_whole(path, saved_as_causal(read_config(path, **shared)), **options)
+        tokenizer = read_tokenizer(path, model.config.vocab_size, **shared) if tokenizer is None else tokenizer
+    except UserError as error:  # in the words of a recipe
+        raise UserError(str(error).replace("model_name_or_path: ", "model: ", 1)) from error
+    return model, tokenizer
+
+
+def check_language_model(model: nn.Module, tokenizer: Any, architecture: Any) -> None:
+    """Raises `UserError` for a module with a tokenizer that is no language model, and for what is no tokenizer or
+    architecture."""
+    if not hasattr(model, "config"):
+        raise UserError(
+            f"processing_class: {type(model).__name__} is no language model of transformers; leave processing_class "
+            "out, and give rows of what its forward takes"
+        )
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise UserError(
+            f"processing_class: {type(tokenizer).__name__} is no tokenizer; give what AutoTokenizer.from_pretrained "
+            "makes"
+        )
+    if not isinstance(architecture, Architecture | None):
+        raise UserError(f"architecture: give an Architecture, not {type(architecture).__name__}")
 
 
 def adapted(model: nn.Module, config: Any, args: DASConfig, tokenizer: Any, seed: int) -> nn.Module:
@@ -132,6 +165,10 @@ def adapted(model: nn.Module, config: Any, args: DASConfig, tokenizer: Any, seed
     Raises:
         UserError: the adapter, or the model without one, cannot be trained.
     """
+    if not isinstance(model, nn.Module):
+        raise UserError(
+            f"model: {type(model).__name__} is no model; give a model or its name (model_init: return one)"
+        )
     if config is None and not isinstance(model, PeftModel):
         if getattr(getattr(model, "config", None), "quantization_config", None):
             raise UserError(
@@ -218,6 +255,12 @@ class Rows:
         """What is measured: a data set, or a dictionary of them by domain."""
         return _by_domain(data, where, self.rows)
 
+    def collating(self, own: Any) -> Callable[[list], dict[str, Any]]:
+        """What makes batches: the user's own collator, if there is one. Raises `UserError` for what is none."""
+        if own is not None and not callable(own):
+            raise UserError(f"data_collator: {type(own).__name__} is none; give a function of a list of rows")
+        return self.collator if own is None else own
+
     def again(self, data: TrainingRows | None) -> None:
         """The trainer begins anew with a fresh model, and with what a search has made of the arguments."""
         if data is not None:
@@ -287,6 +330,7 @@ class Text:
         if args.max_length > limit:
             raise UserError(f"max_length: {args.max_length} is beyond what the model reads, {limit} tokens")
         self.args, self.domain, self.tokenizer, self.column = args, domain, tokenizer, column
+        self.known, self.limit = known, limit
         self.seed, self.max_length, self.mlm_probability = data_seed(args), args.max_length, args.mlm_probability
         self.masking = labeling(tokenizer, model.can_generate(), args.mlm_probability)
         self.collator = PaddingCollator(tokenizer)
@@ -297,7 +341,7 @@ class Text:
         if isinstance(data, TorchStream) and not isinstance(data, datasets.IterableDataset):
             data = _as_stream(data, self.column)
         if isinstance(data, datasets.IterableDataset):
-            data = DocumentStream(data, self.column, where=f"domain '{self.domain}'")
+            data = DocumentStream(data, self.column, where=f"domain '{self.domain}'", option="text_column")
         if isinstance(data, DocumentStream):
             data = TrainingStream(data, self.tokenizer, self.max_length, self.masking, self.seed, self.domain)
         if isinstance(data, TrainingStream):
@@ -322,8 +366,10 @@ class Text:
         if isinstance(data, TrainingStream):
             self._take_from_stream(data)
 
-    def check_collator(self, collator: Any) -> None:
-        """Raises `UserError` for a collator of transformers: the rows are masked, and their labels in place."""
+    def collating(self, own: Any) -> Callable[[list], dict[str, Any]]:
+        """See [`Rows.collating`]. Raises `UserError` for a collator of transformers, too: the rows are masked, and
+        their labels in place."""
+        collator = Rows.collating(self, own)
         kinds = collator if inspect.isfunction(collator) else type(collator)
         if any(kind.__module__.startswith("transformers.") for kind in getattr(kinds, "__mro__", (kinds,))):
             name = getattr(kinds, "__name__", kinds)
@@ -331,6 +377,7 @@ class Text:
                 f"data_collator: {name} would mask or label rows again that are masked and labelled, or not pad their "
                 "labels; leave it out (mlm_probability is the share that is masked)"
             )
+        return collator if own is None else OwnCollator(own)
 
     def _windows(self, data: Any, where: str) -> HeldOutWindows:
         if isinstance(data, HeldOutWindows):
@@ -349,6 +396,7 @@ class Text:
         if not isinstance(data, datasets.Dataset):
             data = _as_table(data, self.column, where)
         if "input_ids" in data.column_names:
+            self._check_ids(data, where)
             return data
         if self.column not in data.column_names:
             raise UserError(missing_column(where, self.column, data.column_names, "text_column"))
@@ -365,6 +413,21 @@ class Text:
             raise nothing_in((), f"{where}: ")
         data = data if self.column == "text" else data.rename_column(self.column, "text")
         return data if len(kept) == len(data) else data.select(kept)
+
+    def _check_ids(self, data: datasets.Dataset, where: str) -> None:
+        """Raises `UserError` for rows that are no token ids, or none that the model can read."""
+        rows = data.with_format("arrow")
+        for start in range(0, len(rows), 1000):
+            column = rows[start : start + 1000]["input_ids"]
+            kind = getattr(column.type, "value_type", None)
+            if column.null_count or kind is None or not pa.types.is_integer(kind):
+                raise UserError(f"{where}: input_ids hold {column.type}, not token ids; give a list of ids a row")
+            length, ids = pc.min_max(pc.list_value_length(column)).as_py(), pc.min_max(pc.list_flatten(column)).as_py()
+            if not 0 < length["min"] <= length["max"] <= self.limit or not 0 <= ids["min"] <= ids["max"] < self.known:
+                raise UserError(
+                    f"{where}: input_ids have {length['min']} to {length['max']} tokens with ids from {ids['min']} to "
+                    f"{ids['max']}; the model reads 1 to {self.limit:,.0f} tokens of {self.known:,}"
+                )
 
     def _take_from_stream(self, stream: TrainingStream) -> None:
         """Make of a stream the rows that training takes, one after the other."""
@@ -428,7 +491,8 @@ def _as_table(data: Any, column: str, where: str) -> datasets.Dataset:
             raise UserError(missing_column(where, column, list(rows[0]), "text_column"))
         rows = [row.get(wanted) if isinstance(row, Mapping) else row for row in rows]
         if wanted == "input_ids":
-            return datasets.Dataset.from_dict({"input_ids": rows})
+            with as_user_error(f"{where}: input_ids are not lists of token ids"):
+                return datasets.Dataset.from_dict({"input_ids": rows})
     for index, row in enumerate(rows):
         if row is not None and not isinstance(row, str):
             raise UserError(f"{where}: row {index} is {type(row).__name__}, not text; give a list of texts")

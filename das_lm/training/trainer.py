@@ -83,8 +83,8 @@ class ContinualTrainer(ShardedTraining):
             module, a data set or a dictionary of them. Of a `DatasetDict` the splits other than `train`.
         processing_class: the tokenizer; of a model that is given by name, its own.
         domain: name of the domain that is learned.
-        development_dataset: held-out data sets by domain, as in `eval_dataset`, for what a method chooses by a score
-            (`interpolation_alpha="auto"`); never the ones that are reported.
+        development_dataset: held-out data, or a dictionary of it by domain, as `eval_dataset`, for what a method
+            chooses by a score (`interpolation_alpha="auto"`); never what is reported.
         architecture: where the model's units are, for a model type that is not in the table.
         peft_config: a `LoraConfig` of PEFT: a fresh adapter learns, and the model is frozen. What is saved is the
             adapter; `trainer.model.merge_and_unload()` is the model that the next domain starts from. A `PeftModel`
@@ -106,14 +106,14 @@ class ContinualTrainer(ShardedTraining):
 
     def __init__(
         self,
-        model: str | nn.Module | None = None,
+        model: str | Path | nn.Module | None = None,
         args: TrainingArguments | None = None,
         method: str | type[Method] | Method | Sequence[str | type[Method] | Method] = "naive",
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
         domain: str = "domain",
-        development_dataset: Mapping[str, Any] | None = None,
+        development_dataset: Any = None,
         architecture: Architecture | None = None,
         peft_config: PeftConfig | None = None,
         model_init: Callable[..., nn.Module] | None = None,
@@ -138,12 +138,13 @@ class ContinualTrainer(ShardedTraining):
             self.inputs = inputs.Rows(args, domain, model)
         else:
             self.inputs = inputs.Text(args, domain, self.units.model, self.processing_class, text_column)
-            self.inputs.check_collator(data_collator)
-        self.development_dataset = self.inputs.held_out(development_dataset, "development_dataset")
+        development = self.inputs.held_out(development_dataset, "development_dataset")
+        named = isinstance(development, dict) or development is None
+        self.development_dataset = development if named else {domain: development}
         super().__init__(
             model=model,
             args=args,
-            data_collator=data_collator or self.inputs.collator,
+            data_collator=self.inputs.collating(data_collator),
             train_dataset=self.inputs.training(train_dataset),
             eval_dataset=self.inputs.held_out(eval_dataset),
             processing_class=self.processing_class,
@@ -176,6 +177,7 @@ class ContinualTrainer(ShardedTraining):
                     raise UserError(f"{name}: only a language model has {what}; leave it at {off} for another module")
             self.units, self.criterion = None, ModuleLoss(model)
             return
+        inputs.check_language_model(model, self.processing_class, self._architecture)
         self.units = Units(model, self._architecture)
         if self.args.chunked_cross_entropy:
             check_head_in_chunks(self.units)
@@ -689,7 +691,10 @@ class ContinualTrainer(ShardedTraining):
         metrics = result.measures(self.criterion.causal)
         logits, labels = predictions.arrays() if predictions else (None, None)
         if predictions and self.compute_metrics:
-            metrics |= denumpify_detensorize(self.compute_metrics(EvalPrediction(logits, labels)))
+            own = self.compute_metrics(EvalPrediction(logits, labels))
+            if not isinstance(own, Mapping):
+                raise UserError(f"compute_metrics: returned {type(own).__name__}; return a dictionary of numbers")
+            metrics |= denumpify_detensorize(dict(own))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return EvalLoopOutput(logits, labels, metrics, num_samples=len(result.tokens))
 

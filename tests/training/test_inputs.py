@@ -102,11 +102,24 @@ def test_model_by_name_is_of_the_kind_that_was_saved():
         ("no/such-model", {}, "'no/such-model' cannot be loaded: "),
         ("built-in", {"model_init_kwargs": {"dytpe": 1}}, "cannot be loaded: .*dytpe"),
         (tiny_roberta(), {"model_init_kwargs": {"dtype": "auto"}}, "model_init_kwargs: are for a model .* by name"),
+        ("no/such-model", {}, "^model: 'no/such-model'"),
+        (type(tiny_roberta()), {}, "model: type is no model; give a model or its name"),
+        (None, {"model_init": lambda: "roberta"}, "model: str is no model; .*model_init: return one"),
+        (None, {"model_init": lambda seed, size: None}, "model_init: give a function of nothing, or of a trial alone"),
+        (None, {"model_init": "roberta"}, "model_init: give a function of nothing"),
+        (tiny_roberta(), {"processing_class": "roberta-base"}, "processing_class: str is no tokenizer; give what"),
+        (torch.nn.Linear(1, 1), {"processing_class": TOKENIZER}, "processing_class: Linear is no language model"),
+        (tiny_roberta(), {"processing_class": TOKENIZER, "architecture": "roberta"}, "architecture: give an Archit"),
     ],
 )
 def test_models_that_cannot_be(model, more, message, tmp_path):
     with refused(message):
         ContinualTrainer(model, config(tmp_path), train_dataset=TEXTS, **more)
+
+
+def test_model_by_its_directory(saved, tmp_path):
+    trainer = ContinualTrainer(Path(saved), config(tmp_path), train_dataset=TEXTS)
+    assert trainer.model.name_or_path == saved and len(trainer.processing_class) == len(TOKENIZER)
 
 
 def test_adapter_by_name(saved, tmp_path):
@@ -340,11 +353,24 @@ def test_evaluate_what_is_given(tmp_path):
         ),
         ((text for text in TEXTS), "train_dataset: generator holds no documents; give a data set .* or a list of"),
         (TensorDataset(torch.zeros(3, 2)), "train_dataset: row 0 is tuple, not text; give a list of texts"),
+        ([{"input_ids": "w1"}], "train_dataset: input_ids hold string, not token ids; give a list of ids a row"),
+        ([{"input_ids": [5]}, {"input_ids": 5}], "train_dataset: input_ids are not lists of token ids: "),
+        ([{"input_ids": [5, 999]}], "input_ids have 2 to 2 tokens with ids from 5 to 999; the model reads 1 to 38 "),
+        ([{"input_ids": [5, -1]}], "with ids from -1 to 5; the model reads"),
+        ([{"input_ids": [5]}, {"input_ids": [5] * 50}], "input_ids have 1 to 50 tokens with ids from 5 to 5; the"),
+        ([{"input_ids": [5]}, {"input_ids": []}], "input_ids have 0 to 1 tokens"),
     ],
 )
 def test_what_is_no_text(data, message, tmp_path):
     with refused(message):
         trainer_of(tmp_path, data)
+
+
+def test_a_streams_column_is_named_as_the_trainers_argument(tmp_path):
+    with refused("no column 'text'; there is body. Set `text_column`"):
+        trainer_of(tmp_path, Stream([{"body": "a"}])).train()
+    with refused("column 'text' holds 1, not text; name another as `text_column`"):
+        trainer_of(tmp_path, Stream([1])).train()
 
 
 def test_streams_that_cannot_be(tmp_path):
@@ -507,6 +533,9 @@ def test_metrics_of_a_module(tmp_path):
         ({"compute_loss_func": lambda *_, **__: 0}, {}, "compute_loss_func: .* leave it out, or train a module"),
         ({"compute_metrics": len}, {"batch_eval_metrics": True}, "batch_eval_metrics: compute_metrics gets"),
         ({"compute_metrics": len}, {"include_for_metrics": ["loss"]}, "include_for_metrics: compute_metrics gets"),
+        ({"compute_metrics": len}, {"eval_do_concat_batches": False}, "eval_do_concat_batches: compute_metrics gets"),
+        ({"compute_metrics": len}, {"prediction_loss_only": True}, "prediction_loss_only: compute_metrics needs the"),
+        ({"data_collator": "x"}, {}, "data_collator: str is none; give a function of a list of rows"),
         ({"data_collator": DataCollatorForLanguageModeling(TOKENIZER)}, {}, "data_collator: DataCollatorForLanguage"),
         ({"data_collator": DataCollatorWithPadding(TOKENIZER)}, {}, "data_collator: DataCollatorWithPadding would"),
         ({"data_collator": default_data_collator}, {}, "data_collator: default_data_collator would"),
@@ -529,6 +558,60 @@ def test_own_collator(tmp_path):
     for trainer in (own, plain):
         trainer.train()
     assert losses(own) == losses(plain) and all((row["labels"] != -100).any() for row in seen)
+
+
+def without(name):
+    def collator(rows):
+        batch = PaddingCollator(TOKENIZER)(rows)
+        del batch[name]
+        return batch
+
+    return collator
+
+
+def masked_again(rows):
+    return DataCollatorForLanguageModeling(TOKENIZER)(rows)
+
+
+def test_own_collator_need_not_know_what_the_trainer_knows_of_rows(tmp_path):
+    own, plain = (
+        trainer_of(tmp_path, TEXTS, TEXTS, ["das", "self_replay"], {"memory_size": 4, "replay_ratio": 0.5}, **more)
+        for more in ({"data_collator": lambda rows: drop_own(PaddingCollator(TOKENIZER)(rows))}, {})
+    )
+    for trainer in (own, plain):
+        trainer.train()
+    assert losses(own) == losses(plain) and own.evaluate()["eval_documents"] == plain.evaluate()["eval_documents"]
+
+
+def drop_own(batch):
+    return {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+
+
+@pytest.mark.parametrize(
+    ("collator", "message"),
+    [
+        (masked_again, "data_collator: the rows are masked and labelled already, and it made other labels"),
+        (DataCollatorForLanguageModeling(TOKENIZER).torch_call, "it made other labels"),
+        (without("labels"), "data_collator: makes no labels; return a mapping"),
+        (without("attention_mask"), "data_collator: makes no attention_mask"),
+        (lambda rows: rows, "data_collator: makes no input_ids, attention_mask, labels"),
+    ],
+)
+def test_own_collators_that_cannot_be(collator, message, tmp_path):
+    with refused(message):
+        trainer_of(tmp_path, TEXTS, data_collator=collator).train()
+
+
+def test_metrics_are_a_dictionary(tmp_path):
+    with refused("compute_metrics: returned float; return a dictionary of numbers"):
+        trainer_of(tmp_path, TEXTS, TEXTS, compute_metrics=lambda _: 0.5).evaluate()
+
+
+def test_development_data_without_a_name_is_of_the_domain(tmp_path):
+    options = {"interpolation_alpha": "auto"}
+    trainer = trainer_of(tmp_path, TEXTS, None, "interpolate", options, development_dataset=TEXTS[:6])
+    trainer.train()
+    assert trainer.methods[0].chosen_on == ["bio"]
 
 
 def test_das_trainer_takes_them_too(saved, tmp_path):

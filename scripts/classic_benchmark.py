@@ -1,6 +1,6 @@
 """Compare methods with small models on classic tasks: ``python scripts/classic_benchmark.py --experiment permuted``.
 
-The same as ``das-lm classic``; ``--help`` lists the options.
+The same as ``das-lm classic``; ``--help`` and ``--help_all`` list the options.
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Continual pre-training from a recipe: ``accelerate launch scripts/continual_pretrain.py --recipe bio_then_cs``.
 
-The same as ``das-lm pretrain``; ``--help`` lists the options.
+The same as ``das-lm pretrain``; ``--help`` and ``--help_all`` list the options.
 """
 
 import sys

@@ -1,6 +1,6 @@
 """What checkpoints know and what they lost: ``accelerate launch scripts/evaluate_forgetting.py --run DIRECTORY …``.
 
-The same as ``das-lm evaluate``; ``--help`` lists the options.
+The same as ``das-lm evaluate``; ``--help`` and ``--help_all`` list the options.
 """
 
 import sys

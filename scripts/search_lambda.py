@@ -1,6 +1,6 @@
 """The search for a penalty's weight: ``python scripts/search_lambda.py --experiment split --method ewc …``.
 
-The same as ``das-lm search-lambda``; ``--help`` lists the options.
+The same as ``das-lm search-lambda``; ``--help`` and ``--help_all`` list the options.
 """
 
 import sys

@@ -1,40 +1,31 @@
-"""``das-lm check-data``."""
+"""``das-lm check-data``: measured text that is trained on."""
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-
-from das_lm.cli.parsing import OneLineErrors, RecipeOptions
+from das_lm.cli.parsing import option, parse, switch
+from das_lm.cli.pretrain import RECIPE_OPTIONS
 from das_lm.errors import UserError
+
+OPTIONS = {
+    "recipe": option("Name of a recipe or path of a .yaml file.", positional=True, metavar="RECIPE"),
+    **{name: RECIPE_OPTIONS[name] for name in ("domain", "measure", "text_column")},
+    "end_task": option(
+        "Look for the test text of end-tasks too: a file with a column 'text', or a directory with test.jsonl.",
+        list[str],
+        action="extend",
+        metavar="NAME=PATH",
+    ),
+    "n": option("Words in a row that count as shared (default: 13).", int),
+    "output": option("Write all that was found to this file.", metavar="FILE.json"),
+    "strict": switch("Exit with status 1 if measured text is trained on."),
+}
 
 
 def check_data(arguments: list[str]) -> int:
     """Look for measured text that is trained on, and for training text that repeats itself."""
-
-    class Parser(OneLineErrors, argparse.ArgumentParser):
-        pass
-
-    parser = Parser(prog="das-lm check-data", description=check_data.__doc__, allow_abbrev=False)
-    parser.add_argument("recipe", metavar="RECIPE", help="Name of a recipe or path of a .yaml file.")
-    for option in dataclasses.fields(RecipeOptions):
-        if option.name in ("domain", "measure"):
-            parser.add_argument(f"--{option.name}", nargs="+", **option.metadata)
-        elif option.name == "text_column":
-            parser.add_argument("--text_column", **option.metadata)
-    parser.add_argument(
-        "--end_task",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="NAME=PATH",
-        help="Look for the test text of end-tasks too: a file with a column 'text', or a directory with test.jsonl.",
-    )
-    parser.add_argument("--n", type=int, default=13, help="Words in a row that count as shared (default: 13).")
-    parser.add_argument("--output", metavar="FILE.json", help="Write all that was found to this file.")
-    parser.add_argument("--strict", action="store_true", help="Exit with status 1 if measured text is trained on.")
-    options = parser.parse(arguments)
-    for spec in options["end_task"]:
+    options = parse("check-data", OPTIONS, arguments, check_data.__doc__)
+    end_tasks = options.get("end_task", [])
+    for spec in end_tasks:
         if not all(spec.partition("=")):
             raise UserError(f"--end_task {spec}: write NAME=PATH")
 
@@ -45,9 +36,9 @@ def check_data(arguments: list[str]) -> int:
     from das_lm.run.recipe_file import load_recipe
     from das_lm.terminal import Console
 
-    given = {key: options[key] for key in ("domain", "measure", "text_column") if options[key]}
+    given = {key: options[key] for key in ("domain", "measure", "text_column") if options.get(key)}
     recipe = load_recipe(options["recipe"], {**given, "trust_remote_code": False}, check_device=False)
-    leakage = check(recipe, options["n"], dict(spec.split("=", 1) for spec in options["end_task"]))
+    leakage = check(recipe, options.get("n", 13), dict(spec.split("=", 1) for spec in end_tasks))
     console = Console(highlight=False)
     console.print(*leakage.tables(), sep="\n")
     warnings = [warning for _, warning in leakage.warnings()]
@@ -55,6 +46,6 @@ def check_data(arguments: list[str]) -> int:
         console.print("[yellow]warning:[/yellow]", escape(warning), soft_wrap=True)
     if not warnings:
         console.print(f"No measured document has half or more of its {leakage.n}-grams in training text.")
-    if options["output"]:
+    if options.get("output"):
         write_json(options["output"], leakage.to_json())
-    return 1 if options["strict"] and warnings else 0
+    return 1 if options.get("strict") and warnings else 0

@@ -1,36 +1,33 @@
-"""``das-lm compare``."""
+"""``das-lm compare``: runs side by side."""
 
 from __future__ import annotations
 
-import argparse
+from pathlib import Path
 
-from das_lm.cli.parsing import OneLineErrors
+from das_lm.cli.parsing import option, parse
+
+OPTIONS = {
+    "runs": option(
+        "Directory of a run, or one below which there are runs.", list[str], positional=True, metavar="RUN"
+    ),
+    "reference": option("What the others are compared with at equal gain (default: naive).", metavar="METHOD"),
+    "measure": option("loss (default), accuracy, r2, cloze or end_task."),
+    "output_dir": option("Write comparison.json and table.md there."),
+}
 
 
 def compare(arguments: list[str]) -> None:
     """Put runs side by side: what they gained, and what they forgot at equal gain."""
-
-    class Parser(OneLineErrors, argparse.ArgumentParser):
-        pass
-
-    parser = Parser(
-        prog="das-lm compare",
-        allow_abbrev=False,
-        description="Put runs side by side, seeds averaged, and say what each method forgets at the gain that the "
-        "reference has too.",
+    options = parse(
+        "compare",
+        OPTIONS,
+        arguments,
+        "Put runs side by side, seeds averaged, and say what each method forgets at the gain that the reference has "
+        "too.",
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="directory of a run, or one below which there are runs")
-    parser.add_argument(
-        "--reference", metavar="METHOD", help="what the others are compared with at equal gain (default: naive)"
-    )
-    parser.add_argument("--measure", default="loss", help="loss (default), accuracy, r2, cloze or end_task")
-    parser.add_argument("--output_dir", help="write comparison.json and table.md there")
-    options = parser.parse(arguments)
-    from pathlib import Path
-
     from das_lm.report.compare import compare
 
-    output = options.pop("output_dir")
+    output = options.pop("output_dir", None)
     comparison = compare(**options)
     comparison.print()
     if output:

@@ -1,94 +1,76 @@
-"""``das-lm evaluate``."""
+"""``das-lm evaluate``: a run, or any checkpoints."""
 
 from __future__ import annotations
 
-import dataclasses
-
-from das_lm.cli.parsing import pairs, parse_training
+from das_lm.cli.parsing import option, pairs, parse_with_training
 from das_lm.errors import UserError
 
-
-@dataclasses.dataclass
-class EvaluateOptions:
-    """Options of ``das-lm evaluate`` that are no training arguments."""
-
-    _argument_group_name = "evaluation"
-
-    run: str | None = dataclasses.field(
-        default=None,
-        metadata={
-            "aliases": ["--run_dir"],
-            "help": "Output directory of das-lm pretrain. (--run_dir where torchrun takes --run for an option of its "
-            "own.)",
-        },
-    )
-    checkpoint: list[str] | None = dataclasses.field(
-        default=None,
-        metadata={
-            "action": "extend",
-            "metavar": "NAME=PATH",
-            "help": "Instead of --run: checkpoints in the order in which they were trained, the base model first. "
-            "What has the name of a domain has learned it.",
-        },
-    )
-    domain: list[str] | None = dataclasses.field(
-        default=None,
-        metadata={
-            "action": "extend",
-            "metavar": "NAME[=DATA]",
-            "help": "Held-out text; with --run, beside that of the run. DATA is a path or glob, several with commas, "
-            "or hub:ORGANISATION/NAME; without it, the built-in domain.",
-        },
-    )
-    cloze: list[str] | None = dataclasses.field(
-        default=None,
-        metadata={
-            "action": "extend",
-            "metavar": "NAME[=FILE]",
-            "help": "Cloze questions: JSON lines with 'text', in which ___ is the blank, 'answer', and perhaps "
-            "'choices'; without a file, those about the built-in domain.",
-        },
-    )
-    end_task: list[str] | None = dataclasses.field(
-        default=None,
-        metadata={
-            "action": "extend",
-            "metavar": "NAME=DATA",
-            "help": "Fine-tune a classifier from every checkpoint: a directory with train, dev and test as .jsonl or "
-            ".csv with 'text' and 'label', or hub:ORGANISATION/NAME. A NAME such as bio or bio.chemprot belongs to "
-            "the domain bio.",
-        },
-    )
-    end_task_seeds: list[int] | None = dataclasses.field(
-        default=None, metadata={"help": "One fine-tuning each (default: 0 1 2 3 4)."}
-    )
-    end_task_epochs: int = dataclasses.field(default=10, metadata={"help": "Passes over the labelled text."})
-    end_task_learning_rate: float = dataclasses.field(default=3e-5, metadata={"help": "Of AdamW."})
-    end_task_batch_size: int = dataclasses.field(default=16, metadata={"help": "Rows per step."})
-    end_task_max_train: int | None = dataclasses.field(default=None, metadata={"help": "Use this many rows only."})
-    pseudo_perplexity: int = dataclasses.field(
-        default=0,
-        metadata={"help": "Measure this many documents of every domain with one mask at a time, too (slow)."},
-    )
-    output_dir: str | None = dataclasses.field(
-        default=None, metadata={"help": "Directory of the results (default: that of --run)."}
-    )
-    trust_remote_code: bool = dataclasses.field(
-        default=False, metadata={"help": "Run the code that comes with a model of the hub."}
-    )
+OPTIONS = {
+    "run": option(
+        "Output directory of das-lm pretrain. (--run_dir where torchrun takes --run for an option of its own.)",
+        aliases=["--run_dir"],
+    ),
+    "checkpoint": option(
+        "Instead of --run: checkpoints in the order in which they were trained, the base model first. What has the "
+        "name of a domain has learned it.",
+        list[str],
+        action="extend",
+        metavar="NAME=PATH",
+    ),
+    "domain": option(
+        "Held-out text; with --run, beside that of the run. DATA is a path or glob, several with commas, or "
+        "hub:ORGANISATION/NAME; without it, the built-in domain.",
+        list[str],
+        action="extend",
+        metavar="NAME[=DATA]",
+    ),
+    "cloze": option(
+        "Cloze questions: JSON lines with 'text', in which ___ is the blank, 'answer', and perhaps 'choices'; without "
+        "a file, those about the built-in domain.",
+        list[str],
+        action="extend",
+        metavar="NAME[=FILE]",
+    ),
+    "end_task": option(
+        "Fine-tune a classifier from every checkpoint: a directory with train, dev and test as .jsonl or .csv with "
+        "'text' and 'label', or hub:ORGANISATION/NAME. A NAME such as bio or bio.chemprot belongs to the domain bio.",
+        list[str],
+        action="extend",
+        metavar="NAME=DATA",
+    ),
+    "end_task_seeds": option("One fine-tuning each (default: 0 1 2 3 4).", list[int]),
+    "end_task_epochs": option("Passes over the labelled text (default: 10).", int),
+    "end_task_learning_rate": option("Of AdamW (default: 3e-5).", float),
+    "end_task_batch_size": option("Rows per step (default: 16).", int),
+    "end_task_max_train": option("Use this many rows only.", int),
+    "pseudo_perplexity": option(
+        "Measure this many documents of every domain with one mask at a time, too (slow).", int
+    ),
+    "output_dir": option("Directory of the results (default: that of --run)."),
+    "trust_remote_code": option("Run the code that comes with a model of the hub.", bool),
+}
+#: The training arguments that measuring reads: what is masked and how it is cut, precision, devices and processes.
+TRAINING = (
+    *("max_length", "separate_documents", "mlm_probability", "seed", "data_seed", "per_device_eval_batch_size"),
+    *("bf16", "fp16", "tf32", "torch_compile", "torch_compile_backend", "torch_compile_mode", "full_determinism"),
+    *("use_cpu", "accelerator_config", "fsdp", "fsdp_config", "ddp_backend", "ddp_timeout", "dataloader_num_workers"),
+    *("dataloader_pin_memory", "dataloader_prefetch_factor", "dataloader_persistent_workers", "dataloader_in_order"),
+    *("dataloader_multiprocessing_context", "log_level", "log_level_replica"),
+)
 
 
 def evaluate(arguments: list[str]) -> None:
     """Measure a run, or any checkpoints: held-out text, questions, end-tasks."""
-    options = parse_training(
-        EvaluateOptions,
+    options, training = parse_with_training(
+        "evaluate",
+        "evaluation",
+        OPTIONS,
         arguments,
-        prog="das-lm evaluate",
-        usage="%(prog)s (--run DIRECTORY | --checkpoint base=PATH --checkpoint NAME=PATH …) [OPTION …]",
+        usage="(--run DIRECTORY | --checkpoint base=PATH --checkpoint NAME=PATH …) [OPTION …]",
         description="Measure what checkpoints know and what they lost. What was measured before is read.",
+        epilog="Some training arguments go here too, such as --max_length and --bf16; --help_all lists them.",
+        only=TRAINING,
     )
-    ours = {field.name for field in dataclasses.fields(EvaluateOptions)}
-    training = {key: options.pop(key) for key in list(options) if key not in ours}
     run, checkpoints = options.get("run"), pairs("checkpoint", options.get("checkpoint", []))
     if (run is None) == (not checkpoints):
         raise UserError("give either --run DIRECTORY, or --checkpoint NAME=PATH, the base model first")

@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable
 
+from das_lm import __version__
 from das_lm.cli.check_data import check_data
 from das_lm.cli.classic import classic
 from das_lm.cli.compare import compare
@@ -28,7 +29,7 @@ Continual pre-training of language models without forgetting.
 commands:
 {commands}
 
-'das-lm COMMAND --help' tells more.
+'das-lm COMMAND --help' tells more; 'das-lm --version' says which this is.
 """
 
 
@@ -69,6 +70,8 @@ def main(argv: list[str] | None = None) -> int:
         if not argv or argv[0] in ("-h", "--help"):
             commands = "\n".join(f"  {name:14} {command.__doc__}" for name, command in COMMANDS.items())
             print(DESCRIPTION.format(commands=commands), end="")
+        elif argv[0] == "--version":
+            print(f"das-lm {__version__}")
         elif argv[0] not in COMMANDS:
             raise UserError(f"there is no command '{argv[0]}'.{did_you_mean(argv[0], COMMANDS)}")
         else:

@@ -1,4 +1,4 @@
-"""Options of the commands, and one line for every mistake in them."""
+"""Options as tables, and one line for every mistake in them. Nothing heavy is imported where nothing is parsed."""
 
 from __future__ import annotations
 
@@ -7,74 +7,90 @@ import dataclasses
 import json
 import os
 import re
+import textwrap
 import typing
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NoReturn
 
 from das_lm.errors import UserError, did_you_mean
 
+#: Name -> keywords of `add_argument`; see [`option`].
+Options = Mapping[str, Mapping[str, Any]]
 
-@dataclasses.dataclass
-class RecipeOptions:
-    """What goes before a recipe and is no training argument; the defaults are the recipe's."""
-
-    _argument_group_name = "recipe"
-
-    recipe: str | None = dataclasses.field(
-        default=None, metadata={"help": "Name of a recipe (see 'das-lm recipes') or path of a .yaml file. Required."}
-    )
-    model_name_or_path: str | None = dataclasses.field(
-        default=None, metadata={"help": "'built-in', 'built-in-causal', a directory, or a model of the hub."}
-    )
-    domain: list[str] | None = dataclasses.field(
-        default=None,
-        metadata={
-            "action": "extend",
-            "metavar": "NAME[=DATA]",
-            "help": "Learn these domains, in this order, instead of the recipe's. NAME is one of the recipe's or "
-            "built in; DATA is a path or glob, several with commas, or hub:ORGANISATION/NAME.",
-        },
-    )
-    measure: list[str] | None = dataclasses.field(
-        default=None,
-        metadata={
-            "action": "extend",
-            "metavar": "NAME[=DATA]",
-            "help": "Measure this text too after every stage, without training on it.",
-        },
-    )
-    text_column: str | None = dataclasses.field(
-        default=None, metadata={"help": "Column of the text in DATA. The default is 'text'."}
-    )
-    schedule: str | None = dataclasses.field(
-        default=None, metadata={"help": "sequential, alternating or interleaved."}
-    )
-    output_dir: str | None = dataclasses.field(
-        default=None, metadata={"help": "Directory for checkpoints and results."}
-    )
-    attn_implementation: str | None = dataclasses.field(
-        default=None, metadata={"help": "Attention of the model, such as sdpa or eager."}
-    )
-    peft: str | None = dataclasses.field(
-        default=None,
-        metadata={"help": "Train LoRA adapters: the recipe's mapping as JSON, such as '{\"r\": 8}'."},
-    )
-    new_lm_head: int | None = dataclasses.field(
-        default=None,
-        metadata={
-            "metavar": "STEPS",
-            "help": "The model is an encoder without its LM head: begin with a new one, and train it alone for so "
-            "many steps on the text of --measure.",
-        },
-    )
-    trust_remote_code: bool = dataclasses.field(
-        default=False, metadata={"help": "Run the code that comes with a model of the hub."}
-    )
+#: Column in which the lines of a list begin.
+LIST_INDENT = 17
+MORE_HELP = "Training arguments go here too, such as --learning_rate 1e-4; --help_all lists them."
 
 
-class OneLineErrors(argparse.ArgumentParser):
-    """Raises `UserError` with one line instead of printing the usage and leaving."""
+def option(help: str, kind: Any = str, **more: Any) -> dict[str, Any]:
+    """
+    Describe an option, for a table of them.
+
+    Args:
+        help: a line for people.
+        kind: of its value: text, a number, `list[…]` of one, `bool` (with or without a value), or what reads it.
+        more: further keywords of `add_argument`; `aliases`; and `positional`, for words without an option.
+    """
+    if kind is bool:
+        return {"help": help, "type": truth, "nargs": "?", "const": True, **more}
+    if typing.get_origin(kind) is list:
+        return {"help": help, "type": typing.get_args(kind)[0], "nargs": "+", **more}
+    return {"help": help, "type": kind, **more}
+
+
+def switch(help: str, **more: Any) -> dict[str, Any]:
+    """Describe an option that takes no value, so that a word after it is none."""
+    return {"help": help, "action": "store_true", **more}
+
+
+def truth(text: str) -> bool:
+    """Read yes or no."""
+    from transformers.hf_argparser import string_to_bool
+
+    return string_to_bool(text)
+
+
+def json_value(text: str) -> Any:
+    """Read an option whose type is neither text, number nor switch: it is written as JSON."""
+    return json.loads(text)
+
+
+class _Formatter(argparse.HelpFormatter):
+    """Keeps the lines of a text, each wrapped; those of a list begin with two spaces."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        indents = ((line, " " * LIST_INDENT * line.startswith("  ")) for line in text.splitlines())
+        return "\n".join(textwrap.fill(line, width, subsequent_indent=indent) for line, indent in indents)
+
+
+def listed(lines: Mapping[str, str]) -> str:
+    """Write names with a line each, as the help shows them."""
+    return "\n".join(f"  {name:{LIST_INDENT - 3}} {line}" for name, line in lines.items())
+
+
+class Parser(argparse.ArgumentParser):
+    """Gives the options that are given, and no others; raises one line instead of printing the usage and leaving."""
+
+    def __init__(self, *arguments: Any, **keywords: Any):
+        fixed = {"formatter_class": _Formatter, "allow_abbrev": False, "argument_default": argparse.SUPPRESS}
+        super().__init__(*arguments, **{**fixed, **keywords})
+
+    def add_options(self, options: Options, title: str | None = None) -> None:
+        """Add a table of options, as a group where it has a title."""
+        group = self.add_argument_group(title) if title else self
+        for name, keywords in options.items():
+            keywords = dict(keywords)
+            flags = [f"--{name}", f"--{name.replace('_', '-')}", *keywords.pop("aliases", ())]
+            positional = keywords.pop("positional", False)
+            group.add_argument(*([name] if positional else dict.fromkeys(flags)), **keywords)
 
     def parse(self, arguments: list[str]) -> dict[str, Any]:
+        """
+        Read the arguments of a command.
+
+        Raises:
+            UserError: one is unknown or wrong.
+        """
         namespace, unknown = self.parse_known_args(arguments)
         if unknown:
             word = unknown[0].partition("=")[0]
@@ -94,33 +110,63 @@ class OneLineErrors(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def json_value(text: str) -> Any:
-    """An option whose type is neither text, number nor switch is written as JSON."""
-    return json.loads(text)
+def parse(command: str, options: Options, arguments: list[str], description: str | None) -> dict[str, Any]:
+    """Read the arguments of a command that trains nothing: the options that are given, and no others."""
+    parser = Parser(prog=f"das-lm {command}", description=description)
+    parser.add_options(options)
+    return parser.parse(arguments)
 
 
-def parse_training(options: type, arguments: list[str], **description: str) -> dict[str, Any]:
+def parse_with_training(
+    command: str,
+    title: str,
+    options: Options,
+    arguments: list[str],
+    usage: str,
+    description: str,
+    epilog: str = MORE_HELP,
+    only: Collection[str] | None = None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """
-    The options that are given, and no others.
+    Read the arguments of a command that takes training arguments.
 
     Args:
-        options: a dataclass of the command's own options; to them come all training arguments.
+        command: its name.
+        title: of its own options in the help.
+        options: these.
         arguments: the command line.
-        description: `prog`, `usage` and `description` of the command.
+        usage, description, epilog: of the help.
+        only: the training arguments that the command reads; all by default.
+
+    Returns:
+        The own options, and the training arguments, that are given.
     """
+    about = {"prog": f"das-lm {command}", "usage": f"%(prog)s {usage}", "description": description, "epilog": epilog}
+    own = Parser(**about)
+    own.add_argument("--help_all", "--help-all", action="help", help="show the training arguments too and exit")
+    own.add_options(options, title)
+    if "--help" in arguments or "-h" in arguments:
+        own.parse(arguments)  # shows its own options, without the seconds that it takes to import all others
+    given = _training_parser(own, about, only).parse(arguments)
+    names = {action.dest for action in own._actions}
+    return {key: given.pop(key) for key in list(given) if key in names}, given
+
+
+def _training_parser(own: Parser, about: Mapping[str, str], only: Collection[str] | None) -> Parser:
+    """A parser of a command's own options and of training arguments: all, or these only."""
     from transformers import HfArgumentParser, TrainingArguments
     from transformers.hf_argparser import string_to_bool
 
     from das_lm.training.config import DASConfig
 
-    class Parser(OneLineErrors, HfArgumentParser):
+    class TrainingParser(Parser, HfArgumentParser):
         pass
 
     hints = typing.get_type_hints(DASConfig)
     inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
     groups: dict[str, list] = {"DAS": [], "training": []}
     for field in dataclasses.fields(DASConfig):
-        if field.name != "output_dir":
+        if field.name != "output_dir" and (only is None or field.name in only):
             copy = dataclasses.field(
                 default=field.default, default_factory=field.default_factory, metadata=field.metadata
             )
@@ -130,38 +176,20 @@ def parse_training(options: type, arguments: list[str], **description: str) -> d
         dataclasses.make_dataclass("Options", fields, namespace={"_argument_group_name": group})
         for group, fields in groups.items()
     ]
-    parser = Parser(
-        [options, *classes],
-        **description,
-        formatter_class=argparse.HelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = TrainingParser(classes, parents=[own], add_help=False, argument_default=None, **about)
     for action in parser._actions:
-        if action.dest in hints and action.dest != "output_dir":
-            action.help = f"{action.help or ''} (default: {action.default})".strip()
-            if action.type not in (str, int, float, string_to_bool) and action.type and not action.choices:
-                action.type = json_value
+        if action.default is argparse.SUPPRESS:  # the command's own
+            continue
+        action.help = f"{action.help or ''} (default: {action.default})".strip()
+        if action.type not in (str, int, float, string_to_bool) and action.type and not action.choices:
+            action.type = json_value
         if action.type is string_to_bool:
             action.nargs, action.const = "?", True
-        if action.dest == "peft":
-            action.type = json_value
         action.default = argparse.SUPPRESS
-    return parser.parse(arguments)
+    return parser
 
 
-def recipe_and_overrides(kind: type[RecipeOptions], options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Name or path of the recipe, and what goes before it."""
-    from das_lm.run.recipe_file import recipes
-
-    if "recipe" not in options:
-        raise UserError(f"--recipe is missing; give the path of a .yaml file or one of {', '.join(sorted(recipes()))}")
-    ours = {field.name for field in dataclasses.fields(kind)}
-    overrides = {key: value for key, value in options.items() if key in ours and key != "recipe"}
-    overrides["training"] = {key: value for key, value in options.items() if key not in ours}
-    return options["recipe"], overrides
-
-
-def pairs(option: str, specs: list[str]) -> dict[str, str]:
+def pairs(option: str, specs: Iterable[str]) -> dict[str, str]:
     """``NAME=VALUE`` of an option that can be given several times."""
     pairs: dict[str, str] = {}
     for spec in specs:

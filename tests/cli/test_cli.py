@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import io
 import os
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -11,8 +12,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+import das_lm
 from das_lm.cli import COMMANDS, main
+from das_lm.cli.evaluate import TRAINING as EVALUATED
 from das_lm.errors import UserError
+from das_lm.methods import METHODS
 from das_lm.training.config import DASConfig
 
 ROOT = Path(__file__).parents[2]
@@ -85,7 +89,7 @@ def test_print_recipe_prints_what_would_run_and_runs_nothing(walk, capsys):
 
 def test_every_field_of_the_config_is_an_option(capsys):
     with pytest.raises(SystemExit) as stop:
-        main(["pretrain", "--help"])
+        main(["pretrain", "--help_all"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
     for field in dataclasses.fields(DASConfig):
@@ -94,6 +98,53 @@ def test_every_field_of_the_config_is_an_option(capsys):
     assert text.index("\nDAS:") < text.index("  --contrast_weight") < text.index("\ntraining:")
     assert text.index("\ntraining:") < text.index("  --learning_rate")
     assert "(default: 5e-05)" in " ".join(text.split())
+
+
+def _help(capsys, command, option="--help"):
+    with pytest.raises(SystemExit) as stop:
+        main([command, option])
+    assert stop.value.code == 0
+    return capsys.readouterr().out
+
+
+TRAINING = ("pretrain", "evaluate", "sweep", "classic", "search-lambda")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_a_command_and_imports_nothing_heavy(command):
+    code = (
+        "import sys; from das_lm.cli import main\n"
+        f"try: main([{command!r}, '--help'])\n"
+        "finally: print(*{'torch', 'transformers', 'datasets', 'numpy', 'scipy', 'pydantic'} & set(sys.modules))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stderr) == (0, "")
+    *shown, heavy = result.stdout.split("\n")[:-1]
+    assert heavy == ""
+    assert any("--help_all" in line for line in shown) == (command in TRAINING)
+    assert not any(line.startswith("  --weight_decay") for line in shown)
+
+
+def test_help_lists_the_methods(capsys):
+    lines = _help(capsys, "pretrain").split("\nmethods:\n")[1].splitlines()
+    assert [line.split()[0] for line in lines if line.startswith("  ") and line[2] != " "] == sorted(METHODS)
+    assert any(line.startswith("  mas            MAS: what changes the output is important") for line in lines)
+
+
+def test_evaluate_takes_the_training_arguments_that_it_reads(capsys):
+    assert set(EVALUATED) <= {field.name for field in dataclasses.fields(DASConfig)}
+    shown = _help(capsys, "evaluate", "--help_all")
+    assert "  --mlm_probability" in shown and "--ewc_mode" not in shown and "--learning_rate" not in shown.split()
+    assert main(["evaluate", "--run", "x", "--ewc_mode", "online"]) == 2
+    assert "unknown option '--ewc_mode'" in capsys.readouterr().err
+
+
+def test_version_and_module(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"das-lm {das_lm.__version__}\n"
+    for arguments, status in ((["--version"], 0), (["prtrain"], 2)):
+        command = [sys.executable, "-m", "das_lm", *arguments]
+        assert subprocess.run(command, capture_output=True, timeout=60).returncode == status
 
 
 def test_recipes_and_help(capsys):

@@ -198,16 +198,12 @@ def learn(run: Run) -> Results:
             trainer = make_trainer(run, experiment, model, methods, number, scratch)
             if not results.stages:
                 results.stages.append(_stage("base", trainer.evaluate(), experiment, model, line))
-            curve = _Curve(trainer)
-            trainer.add_callback(curve)
             started = time.perf_counter()
-            trainer.train()
+            epochs = train_and_measure(trainer)
             seconds = time.perf_counter() - started
             stage = _stage(stages[number][0], trainer.evaluate(), experiment, model, line)
             final = {name: scores[experiment.measure] for name, scores in stage["scores"].items()}
-            rows = [
-                {name: metrics[f"eval_{name}_{experiment.measure}"] for name in final} for metrics in curve.metrics
-            ]
+            rows = [{name: metrics[f"eval_{name}_{experiment.measure}"] for name in final} for metrics in epochs]
             rows[-1] = final  # with what the methods made of the weights in the end
             results.stages.append({**stage, "curve": rows, "seconds": round(seconds, 2)})
     return results
@@ -248,15 +244,17 @@ def _older_objects_left_alone() -> Iterator[None]:
         gc.unfreeze()
 
 
-class _Curve(TrainerCallback):
-    """What is measured after every epoch."""
+def train_and_measure(trainer: ContinualTrainer) -> list[dict[str, float]]:
+    """Learn a stage. Returns the metrics after every epoch."""
+    metrics: list[dict[str, float]] = []
 
-    def __init__(self, trainer: ContinualTrainer):
-        self.trainer = trainer
-        self.metrics: list[dict[str, float]] = []
+    class Measure(TrainerCallback):
+        def on_epoch_end(self, args, state, control, **kwargs):
+            metrics.append(trainer.evaluate())
 
-    def on_epoch_end(self, args, state, control, **kwargs):
-        self.metrics.append(self.trainer.evaluate())
+    trainer.add_callback(Measure())
+    trainer.train()
+    return metrics
 
 
 def _stage(name: str, metrics: dict[str, float], experiment: Experiment, model: nn.Module, line: Any) -> dict:
@@ -433,7 +431,7 @@ def benchmark(
     """
     output = Path(output_dir or Path("output", "classic", experiment))
     workers = os.cpu_count() or 1 if workers is None else workers
-    parameters, options = _plain(parameters or {}), _checked_options(options or {})
+    parameters, options = _plain(parameters or {}), checked_options(options or {})
     _check_numbers(seeds, search_seeds, epochs, workers, search)
     if schedule not in SCHEDULES:
         raise UserError(f"schedule: there is no '{schedule}'.{did_you_mean(schedule, SCHEDULES)}")
@@ -561,7 +559,7 @@ def _check_numbers(
             raise UserError(f"{name}: {number} must be 1 or more")
 
 
-def _checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
+def checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
     for key in options:
         if key in ELSEWHERE:
             raise UserError(f"{key}: {ELSEWHERE[key]}")

@@ -45,8 +45,9 @@ class Curve:
         self._gram, self._moment, self._square, self._count = map(np.array, zip(*parts, strict=True))
         self._once = np.ones(len(self.trials))
 
-    def _design(self, trial: Mapping[float, float | None]) -> tuple[np.ndarray, np.ndarray]:
-        """Rows of the design, shape [values, KNOTS + 1], and the measures; the last column is λ = 0 by itself."""
+    def _design(self, trial: Mapping[float, float | None]) -> tuple[np.ndarray, list[float], np.ndarray]:
+        """Rows of the design, shape [values, KNOTS + 1], whose last column is λ = 0 by itself; λ and measure of
+        each value."""
         finite = {weight: value for weight, value in trial.items() if value is not None}
         rows = np.zeros((len(finite), KNOTS + 1))
         for row, weight in zip(rows, finite, strict=True):
@@ -56,11 +57,11 @@ class Curve:
                 place = min(max(self.search.position(weight), 0), 1) * (KNOTS - 1)
                 left = min(int(place), KNOTS - 2)
                 row[left : left + 2] = left + 1 - place, place - left
-        return rows, np.array(list(finite.values()))
+        return rows, list(finite), np.array(list(finite.values()))
 
     def _part(self, trial: Mapping[float, float | None]) -> tuple[np.ndarray, np.ndarray, float, int]:
         """A trial's normal equations, about its own mean."""
-        rows, values = self._design(trial)
+        rows, _, values = self._design(trial)
         if len(rows):
             rows, values = rows - rows.mean(0), values - values.mean()
         return rows.T @ rows, rows.T @ values, float(values @ values), len(values)
@@ -123,11 +124,11 @@ class Curve:
         zero = curve[-1] if self.zero_apart else curve[0]
         points = []
         for trial in self.trials:
-            rows, values = self._design(trial)
-            finite = [weight for weight, value in trial.items() if value is not None]
-            if finite:
-                points += zip(finite, values - values.mean() + (rows @ curve).mean() - zero, strict=True)
-        return [(weight, float(value)) for weight, value in points]
+            rows, weights, values = self._design(trial)
+            if weights:
+                values = values - values.mean() + (rows @ curve).mean() - zero
+                points += zip(weights, values.tolist(), strict=True)
+        return points
 
 
 def compare(chosen: Sequence[float | None], other: Sequence[float | None]) -> dict[str, Any]:
@@ -145,13 +146,10 @@ def compare(chosen: Sequence[float | None], other: Sequence[float | None]) -> di
     from scipy.stats import wilcoxon
 
     pairs = list(zip(chosen, other, strict=True))
-    differences = [a - b for a, b in pairs if a is not None and b is not None]
-    beyond = 1 + 2 * max(map(abs, differences), default=0.0)
-    for a, b in pairs:
-        if (a is None) != (b is None):
-            differences.append(beyond if a is None else -beyond)
-    different = [value for value in differences if value != 0]
     finite = [a - b for a, b in pairs if a is not None and b is not None]
+    beyond = 1 + 2 * max(map(abs, finite), default=0.0)
+    diverged = [beyond if a is None else -beyond for a, b in pairs if (a is None) != (b is None)]
+    different = [value for value in finite + diverged if value != 0]
     return {
         "difference": float(np.mean(finite)) if finite else None,
         "p": float(wilcoxon(different, alternative="less").pvalue) if different else 1.0,

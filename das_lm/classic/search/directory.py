@@ -10,6 +10,7 @@ from typing import Any
 
 from das_lm.errors import UserError
 from das_lm.files import write_json, write_text
+from das_lm.run.directory import ASIDE_NAME, LOCK_NAME, foreign_files, move_aside, put_back
 
 SETTINGS_NAME, EVALUATIONS_NAME = "search.json", "evaluations.jsonl"
 RESULT_NAME, PLOT_NAME = "result.json", "curve.png"
@@ -54,8 +55,6 @@ class Ledger:
 
 def open_output(output: Path, settings: dict[str, Any], resume: bool, overwrite: bool) -> None:
     """Refuse to mix searches, before anything runs."""
-    from das_lm.run.directory import ASIDE_NAME, LOCK_NAME, foreign_files, move_aside, put_back
-
     settings = json.loads(json.dumps(settings))
     path = output / SETTINGS_NAME
     if resume and overwrite:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import math
 import shutil
@@ -11,16 +12,20 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from das_lm.classic.benchmark import Run as BenchmarkRun
+from das_lm.classic.benchmark import checked_options, make_trainer, train_and_measure
 from das_lm.errors import NotFinite, UserError, did_you_mean
 from das_lm.files import write_text
-
-if TYPE_CHECKING:
-    from das_lm.classic.benchmark import Run as BenchmarkRun
-    from das_lm.run.recipe import Recipe
+from das_lm.measure.results import FILE_NAME, Results
+from das_lm.methods import METHODS
+from das_lm.methods.penalty import Penalty
+from das_lm.run.directory import RECIPE_NAME, mark, stages_of
+from das_lm.run.recipe import Recipe
+from das_lm.run.walk import continual_pretrain
 
 #: λ -> `measure`, the integrated loss (`None`: training diverged), and whatever else is worth keeping, as JSON.
 Run = Callable[[float], Mapping[str, Any]]
@@ -43,14 +48,19 @@ def integrated_loss(curves: Sequence[Sequence[float]]) -> float | None:
     return total if math.isfinite(total) else None
 
 
+def _curves(names: Sequence[str], stages: Sequence[Sequence[Mapping[str, float]]]) -> dict[str, list[float]]:
+    """Task -> its loss at every evaluation from its own stage on. Each stage is a list of metrics."""
+    return {
+        name: [metrics[key] for stage in stages[number:] for metrics in stage if key in metrics]
+        for number, name, key in ((number, name, f"eval_{name}_loss") for number, name in enumerate(names))
+    }
+
+
 def check_method(method: str) -> None:
     """
     Raises:
         UserError: there is no such method, or it has no λ.
     """
-    from das_lm.methods import METHODS
-    from das_lm.methods.penalty import Penalty
-
     penalties = [name for name, kind in METHODS.items() if issubclass(kind, Penalty)]
     if method not in METHODS:
         raise UserError(f"method: there is no '{method}'.{did_you_mean(method, penalties)}")
@@ -80,15 +90,13 @@ def experiment_objective(
     Raises:
         UserError: a method without λ, no such experiment, one with a single task, or wrong options.
     """
-    from das_lm.classic.benchmark import Run, _checked_options
-
     check_method(method)
     if "penalty_weight" in (options or {}):
         raise UserError("penalty_weight: is what is searched for; leave it out")
     if epochs is not None and epochs < 1:
         raise UserError(f"epochs: {epochs} must be 1 or more")
-    options = _checked_options(options or {})
-    run = Run(experiment, method, 0, dict(parameters or {}), options, epochs=epochs, split="development")
+    options = checked_options(options or {})
+    run = BenchmarkRun(experiment, method, 0, dict(parameters or {}), options, epochs=epochs, split="development")
     built = run.build()
     if len(built.tasks) < 2:
         raise UserError(f"experiment '{experiment}': a single task has nothing to hold on to; give two or more")
@@ -104,23 +112,10 @@ class _ExperimentTrial:
         self.run, self.experiment = run, run.build()
 
     def _trainer(self, number: int, model: Any, method: Any, weight: float, scratch: str) -> Any:
-        from das_lm.classic.benchmark import make_trainer
-
         run = replace(self.run, options={**self.run.options, "penalty_weight": weight})
         return make_trainer(run, self.experiment, model, [method], number, scratch)
 
-    def _learn(self, trainer: Any) -> list[dict[str, float]]:
-        """Learn a task; gives the metrics after every epoch."""
-        from das_lm.classic.benchmark import _Curve
-
-        curve = _Curve(trainer)
-        trainer.add_callback(curve)
-        trainer.train()
-        return curve.metrics
-
     def _new(self) -> tuple[Any, Any]:
-        from das_lm.methods import METHODS
-
         return self.experiment.build_model(self.run.seed), METHODS[self.run.method]()
 
     @cached_property
@@ -128,8 +123,8 @@ class _ExperimentTrial:
         """Parameters and the method's state after the first task, and its metrics."""
         model, method = self._new()
         with TemporaryDirectory() as scratch:
-            metrics = self._learn(self._trainer(0, model, method, 0.0, scratch))
-        return _copied(model.state_dict()), _copied(method.state_dict()), metrics
+            metrics = train_and_measure(self._trainer(0, model, method, 0.0, scratch))
+        return *copy.deepcopy((model.state_dict(), method.state_dict())), metrics
 
     def __call__(self, weight: float) -> dict[str, Any]:
         parameters, state, metrics = self._first
@@ -140,15 +135,12 @@ class _ExperimentTrial:
             for number in range(1, len(tasks)):
                 trainer = self._trainer(number, model, method, weight, scratch)
                 if number == 1:
-                    method.load_state_dict(_copied(state))
+                    method.load_state_dict(copy.deepcopy(state))
                 try:
-                    stages.append(self._learn(trainer))
-                except UserError as error:
-                    return _diverged(error)
-            curves = {
-                task.name: [metrics[f"eval_{task.name}_loss"] for stage in stages[number:] for metrics in stage]
-                for number, task in enumerate(tasks)
-            }
+                    stages.append(train_and_measure(trainer))
+                except NotFinite:
+                    return {"measure": None}
+            curves = _curves([task.name for task in tasks], stages)
             measure = integrated_loss(list(curves.values()))
             if measure is None:
                 return {"measure": None}
@@ -156,17 +148,6 @@ class _ExperimentTrial:
         kinds = ("loss", self.experiment.measure)
         test = {task.name: {kind: metrics[f"eval_{task.name}_{kind}"] for kind in kinds} for task in tasks}
         return {"measure": measure, "curves": curves, "test": test}
-
-
-def _diverged(error: UserError) -> dict[str, Any]:
-    """What a run gives that came to NaN or infinity; other errors go on."""
-    if not isinstance(error, NotFinite):
-        raise error
-    return {"measure": None}
-
-
-def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: tensor.detach().clone() for name, tensor in state.items()}
 
 
 def recipe_objective(recipe: Recipe, method: str, directory: str | Path) -> Objective:
@@ -206,18 +187,14 @@ class _RecipeTrial:
         self.directory = directory / f"seed-{seed}"
 
     def __call__(self, weight: float) -> dict[str, Any]:
-        from das_lm.measure.results import Results
-        from das_lm.run.directory import RECIPE_NAME, mark, stages_of
-        from das_lm.run.walk import continual_pretrain
-
         output = self.directory / f"lambda-{weight!r}"
         training = {**self.recipe.training, "penalty_weight": weight}
         recipe = replace(self.recipe, training=training, output_dir=str(output))
         stages, shared = stages_of(recipe, output), self.directory / "first"
         first = shared / stages[0].directory.name
-        if (output / "forgetting.json").is_file() and len(Results.load(output).stages) > len(stages):
+        if (output / FILE_NAME).is_file() and len(Results.load(output).stages) > len(stages):
             shutil.rmtree(output)  # finished and then killed, perhaps with its weights already gone
-        if not (output / RECIPE_NAME).is_file() and (shared / "forgetting.json").is_file():
+        if not (output / RECIPE_NAME).is_file() and (shared / FILE_NAME).is_file():
             output.mkdir(parents=True, exist_ok=True)
             if not stages[0].directory.exists():
                 stages[0].directory.symlink_to(first.absolute(), target_is_directory=True)
@@ -229,9 +206,9 @@ class _RecipeTrial:
         with open(f"{output}.log", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
             try:
                 results = continual_pretrain(recipe, (output / RECIPE_NAME).is_file(), halves=True, report=False)
-            except UserError as error:
-                return _diverged(error)
-        if not (shared / "forgetting.json").is_file():
+            except NotFinite:
+                return {"measure": None}
+        if not (shared / FILE_NAME).is_file():
             shared.mkdir(exist_ok=True)
             mark(shared, recipe)
             shutil.copytree(stages[0].directory, first, dirs_exist_ok=True)
@@ -240,15 +217,7 @@ class _RecipeTrial:
             json.loads((stage.directory / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
             for stage in stages
         ]
-        curves = {
-            stage.name: [
-                entry[key]
-                for history in histories[number:]
-                for entry in history
-                if (key := f"eval_{stage.name}_loss") in entry
-            ]
-            for number, stage in enumerate(stages)
-        }
+        curves = _curves([stage.name for stage in stages], histories)
         for stage in stages:
             if stage.directory.is_symlink():
                 stage.directory.unlink()

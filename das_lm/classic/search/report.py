@@ -16,6 +16,7 @@ from das_lm.classic.search.curve import LEVEL, Curve, verdict
 from das_lm.classic.search.directory import PLOT_NAME, RESULT_NAME, Ledger
 from das_lm.classic.search.settings import Search
 from das_lm.files import write_json
+from das_lm.report.table import console_table
 from das_lm.terminal import Console
 
 
@@ -23,45 +24,36 @@ def report(
     search: Search,
     ledger: Ledger,
     stopped: Mapping[int, str],
-    about: Mapping[str, Any] | None,
+    about: Mapping[str, Any],
     output: Path,
     console: Console,
 ) -> dict[str, Any]:
-    """Write `result.json` and the plot, print the table."""
-    trials = [ledger.trial(number) for number in range(search.trials)]
-    curve = Curve(search, trials)
-    chosen = curve.chosen
-    confirmed = {
-        weight: [ledger.entries[number, weight]["measure"] for number in search.confirming]
-        for weight in {*search.references, chosen}
-        if search.confirm
-    }
-    judged = verdict(chosen, confirmed, search)
-    per_trial = []
-    for number, trial in enumerate(trials):
-        known = {weight: math.inf if value is None else value for weight, value in trial.items()}
-        best = min(known, key=known.get)
-        per_trial.append(
-            {
-                "seed": search.trial_seed(number),
-                "bracket": list(search.bracket(number)),
-                "evaluations": len(trial),
-                "diverged": [weight for weight, value in trial.items() if value is None],
-                "best": best,
-                "measure": trial[best],
-                "measure_of_0": trial[0.0],
-                "stopped": stopped[number],
-            }
-        )
-    tests = {
-        weight: [ledger.entries[number, weight].get("test") for number in search.confirming] for weight in confirmed
-    }
-    result = {
+    """Write `result.json` and the plot, print the tables."""
+    curve = Curve(search, [ledger.trial(number) for number in range(search.trials)])
+    result = _result(search, ledger, stopped, about, curve)
+    write_json(output / RESULT_NAME, result)
+    plot(curve, result, output / PLOT_NAME)
+    console.print(*_tables(result), sep="\n")
+    console.print(f"[bold]{escape(result['finding'])}[/bold]", soft_wrap=True)
+    console.print(f"Results: {output / RESULT_NAME}    Plot: {output / PLOT_NAME}", soft_wrap=True, markup=False)
+    return result
+
+
+def _result(
+    search: Search, ledger: Ledger, stopped: Mapping[int, str], about: Mapping[str, Any], curve: Curve
+) -> dict[str, Any]:
+    """What `result.json` holds."""
+    weights = sorted({*search.references, curve.chosen}) if search.confirm else []
+    runs = {weight: [ledger.entries[number, weight] for number in search.confirming] for weight in weights}
+    confirmed = {weight: [run["measure"] for run in of_weight] for weight, of_weight in runs.items()}
+    tests = {weight: [run.get("test") for run in of_weight] for weight, of_weight in runs.items()}
+    judged = verdict(curve.chosen, confirmed, search)
+    return {
         "format": "das_lm.lambda_search",
         "version": 1,
         "search": asdict(search),
-        "objective": dict(about or {}),
-        "chosen": chosen,
+        "objective": dict(about),
+        "chosen": curve.chosen,
         "chosen_interval": curve.chosen_interval,
         "stands_out": judged["stands_out"],
         "finding": judged["finding"],
@@ -74,21 +66,29 @@ def report(
                 "test": tests[weight],
                 "test_mean": _mean_scores(tests[weight]),
             }
-            for weight in sorted(confirmed)
+            for weight in weights
         ],
         "curve": {
             "lambda": curve.weights.tolist(),
             "difference_to_0": curve.values.tolist(),
             "interval": [side.tolist() for side in curve.interval] if curve.interval else None,
         },
-        "trials": per_trial,
+        "trials": [_of_trial(search, number, trial, stopped[number]) for number, trial in enumerate(curve.trials)],
     }
-    write_json(output / RESULT_NAME, result)
-    plot(curve, result, output / PLOT_NAME)
-    console.print(*_tables(result), sep="\n")
-    console.print(f"[bold]{escape(judged['finding'])}[/bold]", soft_wrap=True)
-    console.print(f"Results: {output / RESULT_NAME}    Plot: {output / PLOT_NAME}", soft_wrap=True, markup=False)
-    return result
+
+
+def _of_trial(search: Search, number: int, trial: Mapping[float, float | None], stopped: str) -> dict[str, Any]:
+    best = min(trial, key=lambda weight: math.inf if trial[weight] is None else trial[weight])
+    return {
+        "seed": search.trial_seed(number),
+        "bracket": list(search.bracket(number)),
+        "evaluations": len(trial),
+        "diverged": [weight for weight, value in trial.items() if value is None],
+        "best": best,
+        "measure": trial[best],
+        "measure_of_0": trial[0.0],
+        "stopped": stopped,
+    }
 
 
 def _mean_scores(tests: Sequence[Mapping[str, Mapping[str, float]] | None]) -> dict[str, float]:
@@ -101,29 +101,26 @@ def _tables(result: Mapping[str, Any]) -> list[Table]:
     def number(value: float | None, style: str = ".4f") -> str:
         return "–" if value is None else format(value, style)
 
-    trials = Table(title="Trials that choose: integrated loss", title_justify="left")
-    for column in ("trial", "first bracket", "values of λ", "best λ", "its measure", "λ = 0"):
-        trials.add_column(column, justify="right")
+    rows = [["trial", "first bracket", "values of λ", "best λ", "its measure", "λ = 0"]]
     for index, trial in enumerate(result["trials"], 1):
-        low, high = trial["bracket"]
-        cells = (number(trial["best"], ".4g"), number(trial["measure"]), number(trial["measure_of_0"]))
-        trials.add_row(str(index), f"{low:.4g} to {high:.4g}", str(trial["evaluations"]), *cells)
+        bracket = "{:.4g} to {:.4g}".format(*trial["bracket"])
+        measures = number(trial["measure"]), number(trial["measure_of_0"])
+        rows.append([str(index), bracket, str(trial["evaluations"]), f"{trial['best']:.4g}", *measures])
+    trials = console_table("Trials that choose: integrated loss", rows)
     interval = result["chosen_interval"]
     over = f", 95 % interval over trials {interval[0]:.4g} to {interval[1]:.4g}" if interval else ""
     trials.caption = f"the curve over all trials is lowest at λ = {result['chosen']:.4g}{over}"
     if not result["comparisons"]:
         return [trials]
-    title = f"λ = {result['chosen']:.4g} in {result['search']['confirm']} new trials"
-    tests = Table(title=title, title_justify="left")
     kinds = list(dict.fromkeys(kind for entry in result["confirmed"] for kind in entry["test_mean"]))
-    for column in ("λ", "difference", "p (one-sided)", *(f"test {kind}" for kind in kinds)):
-        tests.add_column(column, justify="right")
+    rows = [["λ", "difference", "p (one-sided)", *(f"test {kind}" for kind in kinds)]]
     comparisons = {figures["lambda"]: figures for figures in result["comparisons"]}
     for entry in result["confirmed"]:
         figures = comparisons.get(entry["lambda"], {"difference": None, "p": None})
         scores = (number(entry["test_mean"].get(kind)) for kind in kinds)
-        tests.add_row(f"{entry['lambda']:.4g}", number(figures["difference"], "+.4f"), number(figures["p"]), *scores)
-    return [trials, tests]
+        rows.append([f"{entry['lambda']:.4g}", number(figures["difference"], "+.4f"), number(figures["p"]), *scores])
+    title = f"λ = {result['chosen']:.4g} in {result['search']['confirm']} new trials"
+    return [trials, console_table(title, rows)]
 
 
 def plot(curve: Curve, result: Mapping[str, Any], path: Path) -> None:

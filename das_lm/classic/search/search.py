@@ -16,6 +16,7 @@ from das_lm.classic.search.objectives import Objective
 from das_lm.classic.search.report import report
 from das_lm.classic.search.settings import Search
 from das_lm.classic.search.trial import Trial
+from das_lm.run.directory import drop_aside, locked, put_back
 from das_lm.terminal import Console
 
 
@@ -46,8 +47,6 @@ def search_lambda(
     Raises:
         UserError: another search in `output_dir`.
     """
-    from das_lm.run.directory import locked, put_back
-
     output, console = Path(output_dir), console or Console(highlight=False)
     with locked(output):
         open_output(output, {"search": asdict(search), "objective": dict(about or {})}, resume, overwrite)
@@ -61,8 +60,6 @@ def search_lambda(
 def _search(
     search: Search, objective: Objective, output: Path, about: Mapping[str, Any], console: Console
 ) -> dict[str, Any]:
-    from das_lm.run.directory import drop_aside
-
     ledger = Ledger(output / EVALUATIONS_NAME)
     stopped: dict[int, str] = {}
     progress = Progress(
@@ -76,8 +73,7 @@ def _search(
     )
     try:
         with progress:
-            total = search.trials * search.max_evaluations
-            bar = progress.add_task("search", total=total)
+            bar = progress.add_task("search", total=search.trials * search.max_evaluations)
 
             def done(trial: int, weight: float) -> None:
                 drop_aside(output)

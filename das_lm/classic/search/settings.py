@@ -11,7 +11,8 @@ import numpy as np
 from das_lm.errors import UserError, did_you_mean
 from das_lm.randomness import addressed_seed
 
-SAMPLERS = ("bracket", "optuna:gp", "optuna:qmc", "optuna:random", "optuna:tpe")
+OPTUNA = {"gp": "GPSampler", "qmc": "QMCSampler", "random": "RandomSampler", "tpe": "TPESampler"}
+SAMPLERS = ("bracket", *(f"optuna:{name}" for name in OPTUNA))
 
 
 @dataclass(frozen=True)

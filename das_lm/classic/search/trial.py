@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import warnings
 from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from das_lm.classic.search.directory import Ledger
 from das_lm.classic.search.objectives import Objective, Run
-from das_lm.classic.search.settings import Search
+from das_lm.classic.search.settings import OPTUNA, Search
 from das_lm.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -81,14 +83,11 @@ def optuna_study(
     except ImportError:
         raise UserError("the samplers of Optuna need it installed: pip install 'das-lm[search]'") from None
     if isinstance(sampler, str):
-        names = {"gp": "GP", "qmc": "QMC", "random": "Random", "tpe": "TPE"}
-        if sampler not in names:
-            raise UserError(f"sampler: there is no '{sampler}'.{did_you_mean(sampler, names)}")
-        import warnings
-
+        if sampler not in OPTUNA:
+            raise UserError(f"sampler: there is no '{sampler}'.{did_you_mean(sampler, OPTUNA)}")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            sampler = getattr(optuna.samplers, f"{names[sampler]}Sampler")(seed=seed % 2**31)
+            sampler = getattr(optuna.samplers, OPTUNA[sampler])(seed=seed % 2**31)
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
@@ -130,11 +129,9 @@ class Trial:
         self.limit = self.search.max_evaluations
         low, high = self.search.bracket(self.number)
         self.measure(0.0)
-        try:
+        with contextlib.suppress(_Spent):
             if self.search.sampler == "bracket":
                 return bracket_search(self.measure, low, high, self.search)
             kind, seed = self.search.sampler.removeprefix("optuna:"), self.search.trial_seed(self.number)
             optuna_study(self.measure, low, high, self.search.log, self.limit - 1, kind, seed)
-        except _Spent:
-            pass
         return "the budget is spent"

@@ -165,10 +165,11 @@ class DAS(Method):
                 )
                 setattr(self.importance, name, ours)
             elif known not in (None, ours):
+                anew = "take a new DAS" if self.args.importance == "proxy" else "importance: proxy"
                 raise UserError(
                     f"importance: what is known ({', '.join(self.importance.domains)}) was measured with "
                     f"importance_{name} '{known}', and '{ours}' is asked for: write importance_{name}: {known}, or "
-                    "importance: proxy to measure it anew"
+                    f"{anew} to measure it anew"
                 )
 
     def _known_importance(self) -> Importance:

@@ -906,6 +906,13 @@ def test_importance_that_was_measured_in_another_way_is_refused(options, saved, 
     assert getattr(importance_of(fresh), key.removeprefix("importance_")) == value
 
 
+def test_a_das_that_knows_more_is_not_measured_anew(tmp_path):
+    """Of one that serves domain after domain, `proxy` says how it began: what to write is something else."""
+    run = run_of(tmp_path, max_steps=1, importance="proxy")
+    with pytest.raises(UserError, match="write importance_normalization: paper, or take a new DAS to measure it"):
+        trainer_of(tmp_path, method=run.methods, importance="proxy", importance_normalization="rank")
+
+
 def test_importance_of_an_old_file_is_taken_as_the_run_says(saved, tmp_path, caplog):
     directory, run = saved
     rewrite_importance(directory / FILE_NAME, tmp_path / "old.safetensors", accumulation=None)

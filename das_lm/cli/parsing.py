@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import json
 import os
@@ -56,11 +57,16 @@ def json_value(text: str) -> Any:
 
 
 class _Formatter(argparse.HelpFormatter):
-    """Keeps the lines of a text, each wrapped; those of a list begin with two spaces."""
+    """Keeps the lines of a text, each wrapped; those of a list begin with two spaces. Shows one spelling."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         indents = ((line, " " * LIST_INDENT * line.startswith("  ")) for line in text.splitlines())
         return "\n".join(textwrap.fill(line, width, subsequent_indent=indent) for line, indent in indents)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        shown = copy.copy(action)
+        shown.option_strings = [flag for flag in action.option_strings if "-" not in flag.lstrip("-")]
+        return super()._format_action_invocation(shown)
 
 
 def listed(lines: Mapping[str, str]) -> str:
@@ -167,11 +173,9 @@ def _training_parser(own: Parser, about: Mapping[str, str], only: Collection[str
     groups: dict[str, list] = {"DAS": [], "training": []}
     for field in dataclasses.fields(DASConfig):
         if field.name != "output_dir" and (only is None or field.name in only):
-            copy = dataclasses.field(
-                default=field.default, default_factory=field.default_factory, metadata=field.metadata
-            )
+            alone = {"default": field.default, "default_factory": field.default_factory, "metadata": field.metadata}
             group = "training" if field.name in inherited else "DAS"
-            groups[group].append((field.name, hints[field.name], copy))
+            groups[group].append((field.name, hints[field.name], dataclasses.field(**alone)))
     classes = [
         dataclasses.make_dataclass("Options", fields, namespace={"_argument_group_name": group})
         for group, fields in groups.items()

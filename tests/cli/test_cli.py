@@ -97,6 +97,7 @@ def test_every_field_of_the_config_is_an_option(capsys):
     assert text.index("\nrecipe:") < text.index("\nDAS:") < text.index("\ntraining:")
     assert text.index("\nDAS:") < text.index("  --contrast_weight") < text.index("\ntraining:")
     assert text.index("\ntraining:") < text.index("  --learning_rate")
+    assert "--learning-rate" not in text  # one spelling of two
     assert "(default: 5e-05)" in " ".join(text.split())
 
 

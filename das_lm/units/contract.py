@@ -109,13 +109,13 @@ class _Probe:
         with ExitStack() as stack:
             for layer in self.units.layers:
                 for path in free_norms:
-                    stack.enter_context(_hook(layer.get_submodule(path).register_forward_hook(_pass_through)))
+                    stack.enter_context(layer.get_submodule(path).register_forward_hook(_pass_through))
             for group in self.units.groups.values():
                 if group.side == "input":
                     handle = group.module.register_forward_pre_hook(partial(_keep_input, seen, group))
                 else:
                     handle = group.module.register_forward_hook(partial(_keep_output, seen, group))
-                stack.enter_context(_hook(handle))
+                stack.enter_context(handle)
             stack.enter_context(gated(self.units, gates or {}))  # after the hooks above, which see no gate
             return _Seen(seen, self.units.model(**self.inputs).logits)
 
@@ -148,14 +148,6 @@ class _Probe:
     def reads(self, group: Group, piece: Slice) -> bool:
         """Whether a slice is the heads' columns of the projection that reads them, and no part of what makes them."""
         return group.side == "input" and self.parameters[piece.parameter] is group.module.weight
-
-
-@contextmanager
-def _hook(handle: torch.utils.hooks.RemovableHandle) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _pass_through(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
@@ -347,7 +339,7 @@ def _check_lm_head(probe: _Probe) -> Iterator[str]:
 
     expected = model(**probe.inputs).logits[chosen]
     try:
-        with _hook(probe.units.lm_head.register_forward_pre_hook(select)):
+        with probe.units.lm_head.register_forward_pre_hook(select):
             logits = model(**probe.inputs).logits
     except (RuntimeError, IndexError, ValueError) as error:
         yield f"{path} cannot run on [positions, features]: {error}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
@@ -25,18 +25,14 @@ def gated(units: Units, gates: Mapping[str, torch.Tensor]) -> Iterator[None]:
         units: the model's units.
         gates: group key -> gate, shape [batch, units]; groups that are not named are left alone.
     """
-    handles = []
-    try:
+    with ExitStack() as hooks:
         for key, gate in gates.items():
             group = units.groups[key]
             if group.side == "input":
-                handles.append(group.module.register_forward_pre_hook(partial(_gate_input, gate)))
+                hooks.enter_context(group.module.register_forward_pre_hook(partial(_gate_input, gate)))
             else:
-                handles.append(group.module.register_forward_hook(partial(_gate_output, gate)))
+                hooks.enter_context(group.module.register_forward_hook(partial(_gate_output, gate)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def ones(groups: Mapping[str, Group], batch: int, device: torch.device) -> dict[str, torch.Tensor]:

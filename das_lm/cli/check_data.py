@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from das_lm.cli.parsing import option, parse, switch
 from das_lm.cli.pretrain import RECIPE_OPTIONS
 from das_lm.errors import UserError
@@ -28,6 +30,9 @@ def check_data(arguments: list[str]) -> int:
     for spec in end_tasks:
         if not all(spec.partition("=")):
             raise UserError(f"--end_task {spec}: write NAME=PATH")
+    output = Path(options["output"]).expanduser() if options.get("output") else None
+    if output and (output.is_dir() or not output.parent.is_dir()):
+        raise UserError(f"--output {output}: is a directory, or in none that exists; give the path of a file")
 
     from rich.markup import escape
 
@@ -46,6 +51,6 @@ def check_data(arguments: list[str]) -> int:
         console.print("[yellow]warning:[/yellow]", escape(warning), soft_wrap=True)
     if not warnings:
         console.print(f"No measured document has half or more of its {leakage.n}-grams in training text.")
-    if options.get("output"):
-        write_json(options["output"], leakage.to_json())
+    if output:
+        write_json(output, leakage.to_json())
     return 1 if options.get("strict") and warnings else 0

@@ -20,7 +20,7 @@ from das_lm.cli.sweep import sweep
 from das_lm.cli.units import units
 from das_lm.errors import UserError, did_you_mean, one_line, speaks
 from das_lm.files import is_about_disk
-from das_lm.signals import readers_may_go
+from das_lm.signals import is_about_workers, readers_may_go
 from das_lm.terminal import printable
 
 DESCRIPTION = """\
@@ -81,11 +81,15 @@ def main(argv: list[str] | None = None) -> int:
         message, status = f"error: {error}", 2
         everywhere = getattr(error, "everywhere", False)
     except Exception as error:  # that of safetensors is no OSError
-        if not is_about_disk(error):
+        if is_about_workers(error):
+            where, what = "dataloader_num_workers", "a worker of the data loader was killed, perhaps for its memory"
+            again = "write a smaller number"
+        elif is_about_disk(error):
+            where, what = getattr(error, "filename", None) or "the disk", getattr(error, "strerror", None)
+            again = "free some space, or make it writable"
+        else:
             raise
-        where, what = getattr(error, "filename", None) or "the disk", getattr(error, "strerror", None)
-        again = "free some space, or make it writable, and run the command again"
-        message = f"error: {where}: {what or one_line(error)}; {again}"
+        message = f"error: {where}: {what or one_line(error)}; {again}, and run the command again"
         status = 2
     except KeyboardInterrupt as error:
         again = "the same command with --resume" if argv[0] in ("pretrain", "search-lambda") else "the same command"

@@ -97,10 +97,11 @@ class Parser(argparse.ArgumentParser):
         Raises:
             UserError: one is unknown or wrong.
         """
+        secret = next((one.partition("=")[0] for one in arguments if re.match(r"--[\w-]*token\b", one)), None)
+        self._may_quote = secret is None
         namespace, unknown = self.parse_known_args(arguments)
         if unknown:
             word = unknown[0].partition("=")[0]
-            secret = next((one.partition("=")[0] for one in arguments if re.match(r"--\w*token\b", one)), None)
             if secret and not re.fullmatch(r"--\w+", word):  # it may be the secret
                 raise UserError(f"a word belongs to no option; write {secret} TOKEN, one word each, and no more")
             if not word.startswith("-"):
@@ -113,6 +114,8 @@ class Parser(argparse.ArgumentParser):
         return options
 
     def error(self, message: str) -> NoReturn:
+        if not self._may_quote:  # what is quoted may be the secret
+            message = re.sub(r"""(['"]).*\1""", "'…'", message)
         raise UserError(message)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from das_lm.errors import UserError
 from das_lm.methods.base import Method, Tensors
 from das_lm.units.sharding import over_slices
 
@@ -72,6 +73,14 @@ class Penalty(Method):
             old = self.importance.get(name)
             self.importance[name] = importance[name] if old is None else old + importance[name]
             self.anchor[name] = value.clone()
+
+    def load_state_dict(self, state: Tensors) -> None:
+        """Raises `UserError` where the importance of a parameter is there, and not its anchor."""
+        super().load_state_dict(state)
+        if alone := sorted(self.importance.keys() ^ self.anchor.keys()):
+            raise UserError(
+                f"{self.file_name} is not whole: of '{alone[0]}' it has the importance or the anchor alone"
+            )
 
     def state(self) -> dict[str, Any]:
         if not self.importance:

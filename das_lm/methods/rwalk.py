@@ -88,7 +88,7 @@ class RWalk(PathIntegral):
 
     def accumulate(self, importance: Tensors) -> None:
         self.importance = importance  # the score and the Fisher have the past in them
-        self.anchor = {name: value.clone() for name, value in self.values().items()}
+        self.anchor |= {name: value.clone() for name, value in self.values().items()}
 
     def _to_one(self, tensors: Tensors) -> Tensors:
         """Divided by the largest value of all."""

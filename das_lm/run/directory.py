@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 RECIPE_NAME = "recipe.yaml"
 CURVES_NAME = "tensorboard"
 MARKER_NAME, MARKER_FORMAT = ".das-lm.json", "das_lm.run"
-LOCK_NAME = ".lock"
+LOCK_NAME = ".das-lm.lock"  # a file of one's own may be called .lock
 ASIDE_NAME = ".overwritten"
 BASE_NAME = "0-base"  # the base model, where it got a new LM head
 STAGE_PATTERN = re.compile(r"\d+-[\w.-]+")
@@ -150,10 +150,10 @@ def check_output(output: Path, recipe: Recipe, resume: bool, overwrite: bool) ->
             f"output_dir: {output} holds the results of another run{before}; give --resume to go on with it, "
             "--overwrite_output_dir to start again, or another --output_dir"
         )
-    if overwrite and (foreign := foreign_files(output)):
+    if overwrite and (foreign := foreign_files(output) + _in_the_way(output, recipe)):
         raise UserError(
             f"--overwrite_output_dir: no run wrote {', '.join(foreign[:3])}{' …' * (len(foreign) > 3)} in {output}, "
-            "among what is removed; move it elsewhere, or name another --output_dir"
+            "among what is removed or written; move it elsewhere, or name another --output_dir"
         )
     if resume:
         from das_lm.run.recipe_file import load_recipe
@@ -247,6 +247,13 @@ def foreign_files(directory: Path, beside: bool = False) -> list[str]:
     found = [path for entry in entries if entry.is_dir() for path in _foreign_in(entry)]
     found += [path for path in directory.iterdir() if path not in entries] if beside else []
     return [str(path.relative_to(directory)) for path in sorted(found) if not is_partial(path)]
+
+
+def _in_the_way(output: Path, recipe: Recipe) -> list[str]:
+    """What has the name of something that a new run writes, and is not of the one before, so that it stays there."""
+    stages = [stage.directory.name for stage in stages_of(recipe, output)]
+    paths = [output / name for name in (*stages, *(f"{stage}.training" for stage in stages), BASE_NAME)]
+    return [path.name for path in paths if os.path.lexists(path) and path not in _entries(output)]
 
 
 def _foreign_in(entry: Path) -> Iterator[Path]:

@@ -399,7 +399,8 @@ class DASConfig(TrainingArguments):
             given, is_file = getattr(self, name), name in ("accelerator_config", "fsdp_config")
             if isinstance(given, str):
                 with suppress(OSError, ValueError):
-                    given = json.loads(Path(given).read_text("utf-8") if is_file and given[:1] != "{" else given)
+                    is_path = is_file and Path(given).is_file()  # no pipe, on which it would wait
+                    given = json.loads(Path(given).read_text("utf-8") if is_path else given)
             if isinstance(given, str | list | int | float):
                 what = "no mapping, and no file of one" if is_file else "no mapping"
                 raise ValueError(f"{name}: '{given}' is {what}; write it as JSON, as in {{\"a\": 1}}")

@@ -190,6 +190,8 @@ class Importance:
 
         path = Path(path)
         path = path / FILE_NAME if path.is_dir() else path
+        if path.exists() and not path.is_file():
+            raise UserError(f"importance: {path} is a pipe or a device; give a file")
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}

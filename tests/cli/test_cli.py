@@ -275,3 +275,26 @@ def test_terminals_that_lack_signs(command, encoding, monkeypatch, tmp_path):
         assert stop.code == 0
     out.flush()
     assert len(out.buffer.getvalue()) > 100
+
+
+def test_a_recipe_gives_a_terminal_no_orders(tmp_path, monkeypatch, capsys):
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "mine.yaml").write_text('description: "\\e[31mred"')
+    monkeypatch.chdir(tmp_path)
+    assert main(["recipes"]) == 0
+    printed = capsys.readouterr().out
+    assert "?[31mred" in printed and "\x1b" not in printed
+
+
+def test_check_data_knows_first_whether_it_can_write(tmp_path, capsys):
+    for path in (tmp_path, tmp_path / "nowhere" / "found.json"):
+        assert main(["check-data", "bio_then_cs", "--output", str(path)]) == 2
+        assert f"--output {path}: " in capsys.readouterr().err
+
+
+def test_a_pipe_is_not_waited_for(tmp_path, capsys):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    options = ["--recipe", "bio_then_cs", "--output_dir", str(tmp_path / "out"), "--use_cpu"]
+    assert main(["pretrain", *options, "--accelerator_config", str(pipe)]) == 2
+    assert "no mapping, and no file of one" in capsys.readouterr().err

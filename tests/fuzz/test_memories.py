@@ -108,3 +108,14 @@ def test_a_good_memory_is_taken(memory, trained):
     (taken,) = trained(method, path.parent).methods
     first = taken.memories[0] if method == "gem" else taken.memory
     assert len(first) == 4 and (method == "gem" or first.seen == 16)
+
+
+@pytest.mark.parametrize("method", ["ewc", "si", "rwalk"])
+def test_importance_without_its_anchor_is_told_before_training(method, trained, tmp_path):
+    trained(method).methods[0].save(tmp_path)
+    path = tmp_path / f"{method}.safetensors"
+    state = load_file(path)
+    del state[max(name for name in state if name.startswith("anchor."))]
+    save_file(state, path)
+    with pytest.raises(UserError, match="has the importance or the anchor alone"):
+        trained(method, tmp_path)

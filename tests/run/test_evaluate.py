@@ -239,6 +239,16 @@ def test_results_of_a_newer_release_are_refused(run, capsys):
     assert "has version 99" in capsys.readouterr().err
 
 
+def test_a_killed_worker_is_one_message(run, monkeypatch, capsys):
+    def killed(*_):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    monkeypatch.setattr(ContinualTrainer, "measure", killed)
+    shutil.rmtree(run / "measured")
+    assert main(["evaluate", "--run", str(run)]) == 2
+    assert "dataloader_num_workers: a worker of the data loader was killed" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("limit", [200, 3_000])
 def test_a_full_disk_is_one_message(run, world, capsys, limit):  # noqa: F811
     """No file may grow past the limit: one of the cache, or the results."""

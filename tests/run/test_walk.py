@@ -188,6 +188,24 @@ def test_what_no_run_wrote_is_named_and_kept(world, finished, tmp_path, capsys):
     assert _tree(output) == before
 
 
+def test_what_stands_in_the_way_of_a_new_run_is_no_domain_of_it(world, finished, tmp_path, capsys):
+    """It would count as learned."""
+    output = tmp_path / "run"
+    shutil.copytree(finished, output)
+    shutil.copytree(output / "2-cs", output / "1-cs")
+    before = _tree(output)
+    assert _run(world, output, "--overwrite_output_dir", "--domain", "cs") == 2
+    assert "no run wrote 1-cs in" in capsys.readouterr().err
+    assert _tree(output) == before
+
+
+def test_a_lock_of_the_user_stays(world, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".lock").write_text("mine")
+    assert _run(world, tmp_path / "out") == 2
+    assert (tmp_path / "out" / ".lock").read_text() == "mine"
+
+
 def test_a_run_of_an_older_release_can_be_overwritten(world, finished, tmp_path):
     output = tmp_path / "run"
     shutil.copytree(finished, output)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -388,6 +389,9 @@ def test_missing_file(saved, tmp_path):
         with pytest.raises(UserError, match=f"there is no file .*{path.name}; use 'proxy'"):
             Importance.load(path, saved[0])
     (saved[2] / FILE_NAME).unlink()
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe is a pipe or a device"):
+        Importance.load(tmp_path / "pipe", saved[0])
     with pytest.raises(UserError, match="there is no file .*importance.safetensors"):
         Importance.load(saved[2], saved[0])
 

@@ -92,6 +92,9 @@ def open_output(output: Path, settings: dict[str, Any], resume: bool, overwrite:
         for kind, key in pairs:
             old, new = before[kind].get(key), settings[kind].get(key)
             if old != new and (kind, key) not in (("search", "trials"), ("search", "confirm")):
+                if key == "recipe" and old and new:  # its lines that differ
+                    lines = old.splitlines(), new.splitlines()
+                    old, new = ("; ".join(x.strip() for x in a if x not in b) for a, b in (lines, lines[::-1]))
                 raise UserError(
                     f"--resume: the search in {output} has another '{key}': {old!r}, not {new!r}; give the same, or "
                     "another --output_dir"

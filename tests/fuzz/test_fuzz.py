@@ -224,7 +224,7 @@ def test_found(world, file, content, command, message):
     assert message in world.message
 
 
-GONE, HUGE, EVALUATE = object(), 10**400, "evaluate --run bad --output_dir out"
+GONE, HUGE, EVALUATE = ..., 10**400, "evaluate --run bad --output_dir out"
 RESULTS = [  # (where in forgetting.json, what stands there instead; command; part of the message, or none if it works)
     (("run", "recipe", "training", "learning_rate"), HUGE, "compare bad", "is no number that can be computed with"),
     (("intervals", "loss", "average", 0), HUGE, EVALUATE, "is no number that can be computed with"),

@@ -29,9 +29,12 @@ from das_lm.measure.results import FILE_NAME, PAGE_NAME, Results
 from das_lm.model.adapters import base_of
 from das_lm.model.loading import is_causal, load_model, load_tokenizer, model_path
 from das_lm.run.directory import RECIPE_NAME, check_precision, stages_of, with_head
+from das_lm.run.facts import check_text, machine_facts
+from das_lm.run.processes import claimed
+from das_lm.run.reading import held_out_windows
 from das_lm.run.recipe import Recipe
 from das_lm.run.recipe_file import load_recipe
-from das_lm.run.walk import check_text, claimed, held_out_windows, machine_facts, measuring_trainer
+from das_lm.run.trainers import measuring_trainer
 from das_lm.terminal import Console
 from das_lm.training.cpu import use_all_cores
 

@@ -153,7 +153,8 @@ def sweep(
 
     from das_lm.report.page import write_report
     from das_lm.run.directory import RECIPE_NAME, stages_of
-    from das_lm.run.walk import continual_pretrain, on_main
+    from das_lm.run.processes import on_main
+    from das_lm.run.walk import continual_pretrain
 
     todo = {directory: one for directory, one in runs.items() if not _is_finished(directory)}
     state = PartialState()

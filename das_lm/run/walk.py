@@ -3,38 +3,25 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import os
-import platform
-import re
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-import accelerate
-import datasets
-import peft
 import torch
 import transformers
-import yaml
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
-from peft import PeftModel
 from rich.markup import escape
 from safetensors import SafetensorError
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from das_lm import __version__
-from das_lm.data.added_tokens import add_words, find_new_words
 from das_lm.data.blocks import HeldOutWindows, TrainingBlocks
 from das_lm.data.masking import labeling
-from das_lm.data.packing import pack, windows
 from das_lm.data.streaming import TrainingStream
 from das_lm.errors import UserError, one_line
 from das_lm.files import (
@@ -52,7 +39,7 @@ from das_lm.measure.results import FILE_NAME as RESULTS_NAME
 from das_lm.measure.results import Results
 from das_lm.methods import METHODS, unread_options, without_effect
 from das_lm.model import adapters
-from das_lm.model.loading import check_model, head_parameters, is_causal, load_model, load_tokenizer, model_path
+from das_lm.model.loading import check_model, is_causal, load_model, load_tokenizer, model_path
 from das_lm.report.card import HubRepository, write_card
 from das_lm.run.directory import (
     ASIDE_NAME,
@@ -65,21 +52,21 @@ from das_lm.run.directory import (
     check_precision,
     drop_aside,
     length_of,
-    locked,
     open_output,
     stages_of,
     undo_overwriting,
     with_head,
 )
+from das_lm.run.facts import check_text, run_facts, stage_facts
+from das_lm.run.processes import claimed, on_main
+from das_lm.run.reading import Reader, load_text, with_new_words
+from das_lm.run.trainers import measuring_trainer, train_head
 from das_lm.signals import ProcessLost, Signals, check_signals, is_about_processes, is_about_workers
 from das_lm.terminal import Console
 from das_lm.training.cpu import use_all_cores
 from das_lm.training.inputs import data_seed
-from das_lm.training.trainer import STATE_NAME, ContinualTrainer
+from das_lm.training.trainer import ContinualTrainer
 from das_lm.units import Architecture
-from das_lm.units.importance import FILE_NAME as IMPORTANCE_NAME
-from das_lm.units.importance import Importance
-from das_lm.units.sharding import is_sharded
 
 if TYPE_CHECKING:
     from das_lm.data.domains import Documents
@@ -128,7 +115,7 @@ def _continual_pretrain(recipe: Recipe, resume: bool, overwrite: bool, halves: b
             try:
                 check_model(recipe)
                 with state.main_process_first():
-                    text, tokenizer = _load_text(recipe, console), load_tokenizer(model_path(recipe), recipe)
+                    text, tokenizer = load_text(recipe, console), load_tokenizer(model_path(recipe), recipe)
                 results = _walk(recipe, before, output, overwrite, halves, text, tokenizer, state, console)
             except Exception:
                 check_signals()
@@ -158,29 +145,6 @@ def _continual_pretrain(recipe: Recipe, resume: bool, overwrite: bool, halves: b
         raise
 
 
-@contextmanager
-def claimed(output: Path) -> Iterator[None]:
-    """[`locked`], by the main process for all."""
-    state = PartialState(cpu=not torch.cuda.is_available())
-    with ExitStack() as until_end:
-        on_main(state, lambda: until_end.enter_context(locked(output)))
-        yield
-
-
-def on_main(state: PartialState, function: Any, *args: Any) -> Any:
-    """What a function returns in the main process, or the `UserError` that it raises there, in every process."""
-    result: Any = None
-    if state.is_main_process:
-        try:
-            result = function(*args)
-        except UserError as error:
-            result = error
-    (result,) = broadcast_object_list([result])
-    if isinstance(result, UserError):
-        raise result
-    return result
-
-
 def _walk(
     recipe: Recipe,
     before: Recipe | None,
@@ -197,7 +161,7 @@ def _walk(
     domains = {domain.name: learned.get(domain.name) for domain in [*recipe.measure, *recipe.domains]}
     args = recipe.training_arguments(None, str(output))
     causal = is_causal(recipe)
-    read = _Reader(recipe, {name: text[name] for name in domains}, args, halves, state)
+    read = Reader(recipe, {name: text[name] for name in domains}, args, halves, state)
     needs_earlier = any(METHODS[name].needs_earlier_domains for name in recipe.method)
 
     def make_trainer(model: Any, tokenizer: Any, stage: Stage, directory: Path) -> ContinualTrainer:
@@ -238,7 +202,7 @@ def _walk(
         results.run["warnings"].setdefault(about, []).append(warning)
 
     hub = HubRepository(args, output.absolute().name) if args.push_to_hub and state.is_main_process else None
-    results = Results(domains, run=_facts(recipe, text, args), unit=f"nats per {'' if causal else 'masked '}token")
+    results = Results(domains, run=run_facts(recipe, text, args), unit=f"nats per {'' if causal else 'masked '}token")
     earlier = None
     if (output / RESULTS_NAME).is_file() and not overwrite:
         earlier = Results.load(output)
@@ -270,7 +234,7 @@ def _walk(
                 _save(trainer, Path(scratch, BASE_NAME), replace(recipe, peft=None), None)
             larger = tokenizer
             for stage in stages:
-                larger = _with_new_words(model, larger, stage, text, recipe)
+                larger = with_new_words(model, larger, stage, text, recipe)
             if state.is_main_process:
                 open_output(output, recipe, overwrite)
                 if (output / ASIDE_NAME).is_dir():
@@ -295,7 +259,7 @@ def _walk(
             is_apart = recipe.peft and recipe.peft["adapters"] == "apart"
             model = load_model(model_path(recipe) if is_apart else str(source), recipe)
             model.name_or_path = str(source)  # where the methods find what they keep
-            tokenizer = _with_new_words(model, tokenizer, stage, text, recipe)
+            tokenizer = with_new_words(model, tokenizer, stage, text, recipe)
             with _curves_in(output / CURVES_NAME / stage.directory.name):
                 trainer = make_trainer(model, tokenizer, stage, stage.workshop)
             if recipe.peft and recipe.peft["adapters"] != "merge":
@@ -318,7 +282,7 @@ def _walk(
             with TemporaryDirectory() as scratch:
                 model = load_model(str(stage.directory), recipe)
                 trainer = measuring_trainer(model, recipe, tokenizer, scratch)
-        facts = {"checkpoint": stage.directory.name, "seconds": seconds, **_facts_of(stage, trainer)}
+        facts = {"checkpoint": stage.directory.name, "seconds": seconds, **stage_facts(stage, trainer)}
         _keep(
             results,
             *_measure(trainer, read.held_out(tokenizer)[0], stage.name, console, facts),
@@ -335,116 +299,6 @@ def _walk(
     console.print(*results.tables(), sep="\n")
     console.print(f"Results: {output / RESULTS_NAME}    Model: {source}", soft_wrap=True, markup=False)
     return results
-
-
-class _Reader:
-    """The text as a tokenizer reads it; done again only for a tokenizer that has new words."""
-
-    def __init__(self, recipe: Recipe, text: dict[str, Documents], args: Any, halves: bool, state: PartialState):
-        self.recipe, self.text, self.args, self.halves, self.state = recipe, text, args, halves, state
-        self.tokenizer: Any = None
-
-    def packed(self, tokenizer: Any, names: list[str]) -> dict[str, Any]:
-        """Blocks of domains."""
-        self._use(tokenizer)
-        with self.state.main_process_first():
-            for name in names:
-                if name not in self._packed:
-                    self._packed[name] = _pack(self.text[name].train, tokenizer, self.args.max_length)
-        return {name: self._packed[name] for name in names}
-
-    def held_out(self, tokenizer: Any) -> tuple[dict[str, HeldOutWindows], dict[str, HeldOutWindows] | None]:
-        """What `held_out_windows` gives."""
-        self._use(tokenizer)
-        if self._held_out is None:
-            with self.state.main_process_first():
-                documents = {name: one.held_out for name, one in self.text.items()}
-                self._held_out = held_out_windows(self.recipe, documents, tokenizer, self.args, self.halves)
-        return self._held_out
-
-    def _use(self, tokenizer: Any) -> None:
-        if self.tokenizer is None or len(tokenizer) != len(self.tokenizer):
-            self.tokenizer, self._packed, self._held_out = tokenizer, {}, None
-
-
-def _with_new_words(model: Any, tokenizer: Any, stage: Stage, text: dict[str, Documents], recipe: Recipe) -> Any:
-    """The tokenizer with the words that the domains of a stage bring; the model's embeddings grow with it."""
-    for domain in stage.domains:
-        if domain.add_tokens:
-            if not all(METHODS[name].works_with_adapters for name in recipe.method):
-                raise UserError(
-                    f"domain '{domain.name}': add_tokens: {', '.join(recipe.method)} remembers single parameters, and "
-                    "the embeddings grow; leave add_tokens out, or use another method, such as das, replay or lwf"
-                )
-            if is_sharded(model):
-                raise UserError(
-                    f"domain '{domain.name}': add_tokens: fsdp has cut the embeddings into slices, which cannot grow; "
-                    "leave add_tokens out, or use DDP"
-                )
-            words = find_new_words(text[domain.name].train, tokenizer, domain.add_tokens)
-            tokenizer = add_words(model, tokenizer, words)
-    return tokenizer
-
-
-def measuring_trainer(model: Any, recipe: Recipe, tokenizer: Any, directory: str) -> ContinualTrainer:
-    """A trainer that only measures a model."""
-    args = recipe.training_arguments(None, directory)
-    args.push_to_hub, args.eval_strategy = False, IntervalStrategy.NO
-    # The Trainer takes no quantized model without an adapter; a fresh one adds nothing.
-    bare = getattr(model.config, "quantization_config", None) and not isinstance(model, PeftModel)
-    return ContinualTrainer(
-        model,
-        args,
-        "naive",
-        processing_class=tokenizer,
-        architecture=Architecture.from_dict(recipe.units) if recipe.units else None,
-        peft_config=adapters.lora_config(recipe.peft) if bare else None,
-    )
-
-
-def train_head(model: Any, recipe: Recipe, text: dict[str, Any], tokenizer: Any, directory: str) -> None:
-    """
-    Train the LM head of a model alone, for `new_lm_head` steps with the recipe's training arguments.
-
-    Args:
-        text: blocks by domain, which are mixed.
-        directory: a temporary one.
-
-    Raises:
-        UserError: the model is sharded.
-    """
-    args = recipe.training_arguments(None, directory)
-    args.max_steps, args.report_to = recipe.new_lm_head, []
-    args.eval_strategy, args.save_strategy = IntervalStrategy.NO, SaveStrategy.NO
-    args.push_to_hub = args.load_best_model_at_end = False
-    masking = labeling(tokenizer, is_causal(recipe), args.mlm_probability)
-    rows = TrainingBlocks(text, masking, data_seed(args), "interleaved")
-    architecture = Architecture.from_dict(recipe.units) if recipe.units else None
-    trainer = ContinualTrainer(
-        model, args, "naive", rows, processing_class=tokenizer, domain="new LM head", architecture=architecture
-    )
-    if trainer.is_sharded:
-        raise UserError("new_lm_head: with fsdp there is no head to train alone; begin with one process, or DDP")
-    model.requires_grad_(False)
-    for parameter in head_parameters(model):
-        parameter.requires_grad_(True)
-    trainer.train()
-    model.requires_grad_(True)
-
-
-def held_out_windows(
-    recipe: Recipe, text: dict[str, Any], tokenizer: Any, args: Any, halves: bool = False
-) -> tuple[dict[str, HeldOutWindows], dict[str, HeldOutWindows] | None]:
-    """Held-out documents by domain as they are measured; and, where something is chosen by a score, one half of them
-    to choose by, while the other is measured."""
-    masking = labeling(tokenizer, is_causal(recipe), args.mlm_probability)
-    held_out = {
-        name: HeldOutWindows(windows(documents, tokenizer, args.max_length), masking, data_seed(args))
-        for name, documents in text.items()
-    }
-    if not halves and not (args.interpolation_alpha == "auto" and "interpolate" in recipe.method):
-        return held_out, None
-    return {name: one.half(1) for name, one in held_out.items()}, {name: one.half(0) for name, one in held_out.items()}
 
 
 def _measure(
@@ -503,29 +357,6 @@ def _keep(
         results.save(output)
 
 
-def _facts_of(stage: Stage, trainer: ContinualTrainer) -> dict[str, Any]:
-    """How a finished domain was learned: from what is saved with it, so that a resumed walk says the same."""
-    state = json.loads((stage.directory / STATE_NAME).read_text(encoding="utf-8"))
-    log = json.loads((stage.directory / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
-    facts = {**state, "history": history(log)}
-    if (stage.directory / IMPORTANCE_NAME).is_file():
-        facts["importance"] = Importance.load(stage.directory, trainer.units).maps()
-    return facts
-
-
-def history(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The Trainer's log as a curve: one entry per step, with the held-out loss of every domain under `held_out`."""
-    steps: dict[int, dict[str, Any]] = {}
-    for entry in log:
-        row = steps.setdefault(entry["step"], {"step": entry["step"]})
-        for key, value in entry.items():
-            if match := re.fullmatch(r"eval_(.+)_loss", key):
-                row.setdefault("held_out", {})[match[1]] = value
-            elif key in ("loss", "learning_rate", "grad_norm") or key.startswith("loss_"):
-                row[key] = value
-    return [row for _, row in sorted(steps.items()) if len(row) > 1]
-
-
 @contextmanager
 def _curves_in(directory: Path) -> Iterator[None]:
     """Where the TensorBoard of a trainer made here writes: with the results, since the workshop goes."""
@@ -560,55 +391,3 @@ def _save(trainer: ContinualTrainer, directory: Path, recipe: Recipe, before: Pa
         seal(partial)
         os.replace(partial, directory)
     trainer.accelerator.wait_for_everyone()
-
-
-# ---- text and facts ----------------------------------------------------------------------------------------------
-
-
-def _load_text(recipe: Recipe, console: Console) -> dict[str, Documents]:
-    text = recipe.load_text()
-    for documents in text.values():
-        for warning in documents.warnings:
-            console.print("[yellow]warning:[/yellow]", escape(warning), soft_wrap=True)
-    return text
-
-
-def _pack(documents: Any, tokenizer: Any, max_length: int) -> Any:
-    """Blocks of a domain; large domains are tokenized by as many processes as there are cores."""
-    return pack(documents, tokenizer, max_length, num_proc=os.cpu_count() if len(documents) > 100_000 else None)
-
-
-def _facts(recipe: Recipe, text: dict[str, Documents], args: Any) -> dict[str, Any]:
-    return {
-        "recipe": yaml.safe_load(recipe.to_yaml()),
-        **machine_facts(),
-        **({"device": "cpu"} if args.device.type == "cpu" else {}),
-        "precision": args.precision,
-        "processes": args.world_size,
-        "text": {name: one.fingerprints for name, one in text.items()},
-        "documents": {n: len(d.train) if d.has_length else None if d.train else 0 for n, d in text.items()},
-        "warnings": {name: d.warnings for name, d in text.items() if d.warnings},
-    }
-
-
-def check_text(before: dict[str, Any], now: dict[str, Any], option: str) -> None:
-    """Whether a run goes on with the text that it began with: the facts of both, and the option that asks for it."""
-    for name, parts in now["text"].items():
-        for part, digest in parts.items():
-            then: Any = before
-            for key in ("text", name, part):  # an older release wrote none
-                then = then.get(key) if isinstance(then, dict) else None
-            if then not in (None, digest):
-                raise UserError(
-                    f"{option}: the {part} text of domain '{name}' is not what the run began with; put it back, or "
-                    "start a new run"
-                )
-
-
-def machine_facts() -> dict[str, Any]:
-    """Versions and device."""
-    versions = {module.__name__: module.__version__ for module in (torch, transformers, datasets, accelerate, peft)}
-    return {
-        "versions": {"das_lm": __version__, **versions, "python": platform.python_version()},
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-    }

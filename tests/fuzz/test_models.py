@@ -14,8 +14,9 @@ from das_lm.data.domains import Domain
 from das_lm.errors import UserError
 from das_lm.model.loading import check_model, load_model, load_tokenizer
 from das_lm.run.inspection import load_config
+from das_lm.run.reading import held_out_windows
 from das_lm.run.recipe import Recipe
-from das_lm.run.walk import held_out_windows, measuring_trainer
+from das_lm.run.trainers import measuring_trainer
 from tests.conftest import WORDS, build_tokenizer, tiny_roberta
 from tests.fuzz.harness import seconds
 from tests.fuzz.mutations import bad_bytes, bad_json, bad_tensors

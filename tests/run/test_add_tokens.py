@@ -135,6 +135,6 @@ def test_what_is_refused(world, tmp_path, capsys, options, message):
 
 
 def test_embeddings_in_slices_do_not_grow(world, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("das_lm.run.walk.is_sharded", lambda model: True)
+    monkeypatch.setattr("das_lm.run.reading.is_sharded", lambda model: True)
     assert _run(world, tmp_path / "run") == 2
     assert "domain 'bio': add_tokens: fsdp has cut the embeddings" in capsys.readouterr().err

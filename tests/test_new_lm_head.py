@@ -91,9 +91,10 @@ def test_measuring_the_run_further_changes_nothing(world, finished, tmp_path, mo
     assert [stage["scores"] for stage in after] == [stage["scores"] for stage in before]
 
 
-@pytest.mark.parametrize("stopped", ["train_head", "copy_whole", "_keep", "_save"])
+@pytest.mark.parametrize("stopped", ["train_head", "copy_whole", "record", "_save"])
 def test_a_run_that_was_interrupted_ends_the_same(world, finished, tmp_path, monkeypatch, stopped):
-    output, original, calls = tmp_path / "run", getattr(pretrain, stopped), []
+    where = pretrain.Walk if stopped == "record" else pretrain
+    output, original, calls = tmp_path / "run", getattr(where, stopped), []
 
     def stop(*args, **kwargs):
         calls.append(args)
@@ -102,7 +103,7 @@ def test_a_run_that_was_interrupted_ends_the_same(world, finished, tmp_path, mon
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pretrain, stopped, stop)
+        patch.setattr(where, stopped, stop)
         assert _run(world, output) == 130
     started = (output / "recipe.yaml").exists()
     assert started == (stopped != "train_head")

@@ -88,6 +88,11 @@ class Stage:
     directory: Path
 
     @property
+    def domain(self) -> Domain | None:
+        """The domain, if it is only one."""
+        return self.domains[0] if len(self.domains) == 1 else None
+
+    @property
     def workshop(self) -> Path:
         return self.directory.with_name(f"{self.directory.name}.training")
 
@@ -461,16 +466,6 @@ def length_of(recipe: Recipe, stage: Stage, index: int) -> dict[str, float]:
     given = {**recipe.training, **(recipe.domains[index].training if len(stage.domains) == 1 else {})}
     steps = given.get("max_steps", LENGTH["max_steps"])
     return {"max_steps": steps} if steps > 0 else {name: given.get(name, value) for name, value in LENGTH.items()}
-
-
-def check_precision(before: dict[str, Any], now: dict[str, Any], what: str) -> None:
-    """Whether numbers are rounded as `forgetting.json` tells that they were; an older release does not tell."""
-    if before.get("precision") not in (None, now["precision"]):
-        was, is_now = (", ".join(f"{k} {v}" for k, v in run["precision"].items()) for run in (before, now))
-        raise UserError(
-            f"{what}: the precision was {was}, and would be {is_now}: set ACCELERATE_MIXED_PRECISION and what else of "
-            "the kind stands in the environment as it was, or begin a new run in another --output_dir"
-        )
 
 
 def _leaves(data: Any, at: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], Any]]:

@@ -28,8 +28,8 @@ from das_lm.measure.held_out import HeldOut
 from das_lm.measure.results import FILE_NAME, PAGE_NAME, Results
 from das_lm.model.adapters import base_of
 from das_lm.model.loading import is_causal, load_model, load_tokenizer, model_path
-from das_lm.run.directory import RECIPE_NAME, check_precision, stages_of, with_head
-from das_lm.run.facts import check_text, machine_facts
+from das_lm.run.directory import RECIPE_NAME, stages_of, with_head
+from das_lm.run.facts import check_precision, check_text, machine_facts
 from das_lm.run.processes import claimed
 from das_lm.run.reading import held_out_windows
 from das_lm.run.recipe import Recipe
@@ -227,7 +227,7 @@ def _evaluate(
             stage.setdefault("checkpoint", path)
             if tokenizer.backend_tokenizer.to_str() != words:  # the first, or one with other words
                 words = tokenizer.backend_tokenizer.to_str()
-                windows = held_out_windows(recipe, dict(text), tokenizer, model.trainer.args)[0]
+                windows = held_out_windows(recipe, dict(text), tokenizer, model.trainer.args).measured
             measured = {name: model.held_out(name, one) for name, one in windows.items()}
             held_out.append(measured)
             stage["scores"] = {name: one.measures(model.trainer.criterion.causal) for name, one in measured.items()}

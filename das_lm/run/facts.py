@@ -83,3 +83,13 @@ def check_text(before: dict[str, Any], now: dict[str, Any], option: str) -> None
                     f"{option}: the {part} text of domain '{name}' is not what the run began with; put it back, or "
                     "start a new run"
                 )
+
+
+def check_precision(before: dict[str, Any], now: dict[str, Any], what: str) -> None:
+    """Whether numbers are rounded as `forgetting.json` tells that they were; an older release does not tell."""
+    if before.get("precision") not in (None, now["precision"]):
+        was, is_now = (", ".join(f"{k} {v}" for k, v in run["precision"].items()) for run in (before, now))
+        raise UserError(
+            f"{what}: the precision was {was}, and would be {is_now}: set ACCELERATE_MIXED_PRECISION and what else of "
+            "the kind stands in the environment as it was, or begin a new run in another --output_dir"
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from accelerate import PartialState
 from rich.markup import escape
@@ -25,6 +25,13 @@ if TYPE_CHECKING:
     from das_lm.run.recipe import Recipe
 
 
+class HeldOutText(NamedTuple):
+    """Windows by domain: those that are measured, and others to choose something by."""
+
+    measured: dict[str, HeldOutWindows]
+    chosen_by: dict[str, HeldOutWindows] | None
+
+
 class Reader:
     """The text as a tokenizer reads it; done again only for a tokenizer that has new words."""
 
@@ -41,8 +48,8 @@ class Reader:
                     self._packed[name] = _pack(self.text[name].train, tokenizer, self.args.max_length)
         return {name: self._packed[name] for name in names}
 
-    def held_out(self, tokenizer: Any) -> tuple[dict[str, HeldOutWindows], dict[str, HeldOutWindows] | None]:
-        """What `held_out_windows` gives."""
+    def held_out(self, tokenizer: Any) -> HeldOutText:
+        """What [`held_out_windows`] gives."""
         self._use(tokenizer)
         if self._held_out is None:
             with self.state.main_process_first():
@@ -57,17 +64,17 @@ class Reader:
 
 def held_out_windows(
     recipe: Recipe, text: dict[str, Any], tokenizer: Any, args: Any, halves: bool = False
-) -> tuple[dict[str, HeldOutWindows], dict[str, HeldOutWindows] | None]:
-    """Held-out documents by domain as they are measured; and, where something is chosen by a score, one half of them
-    to choose by, while the other is measured."""
+) -> HeldOutText:
+    """Held-out documents by domain, in two halves where something is chosen by a score."""
     masking = labeling(tokenizer, is_causal(recipe), args.mlm_probability)
     held_out = {
         name: HeldOutWindows(windows(documents, tokenizer, args.max_length), masking, data_seed(args))
         for name, documents in text.items()
     }
     if not halves and not (args.interpolation_alpha == "auto" and "interpolate" in recipe.method):
-        return held_out, None
-    return {name: one.half(1) for name, one in held_out.items()}, {name: one.half(0) for name, one in held_out.items()}
+        return HeldOutText(held_out, None)
+    chosen_by, measured = ({name: one.half(half) for name, one in held_out.items()} for half in (0, 1))
+    return HeldOutText(measured, chosen_by)
 
 
 def with_new_words(model: Any, tokenizer: Any, stage: Stage, text: dict[str, Documents], recipe: Recipe) -> Any:

@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from accelerate import PartialState
 from rich.markup import escape
 from safetensors import SafetensorError
 
-from das_lm.data.blocks import HeldOutWindows, TrainingBlocks
+from das_lm.data.blocks import TrainingBlocks
 from das_lm.data.masking import labeling
 from das_lm.data.streaming import TrainingStream
 from das_lm.errors import UserError, one_line
@@ -49,7 +49,6 @@ from das_lm.run.directory import (
     Stage,
     batch_before,
     check_and_clean,
-    check_precision,
     drop_aside,
     length_of,
     open_output,
@@ -57,7 +56,7 @@ from das_lm.run.directory import (
     undo_overwriting,
     with_head,
 )
-from das_lm.run.facts import check_text, run_facts, stage_facts
+from das_lm.run.facts import check_precision, check_text, run_facts, stage_facts
 from das_lm.run.processes import claimed, on_main
 from das_lm.run.reading import Reader, load_text, with_new_words
 from das_lm.run.trainers import measuring_trainer, train_head
@@ -69,9 +68,10 @@ from das_lm.training.trainer import ContinualTrainer
 from das_lm.units import Architecture
 
 if TYPE_CHECKING:
-    from das_lm.data.domains import Documents
+    from das_lm.data.domains import Domain
     from das_lm.measure.held_out import HeldOut
     from das_lm.run.recipe import Recipe
+    from das_lm.training.config import DASConfig
 
 
 def continual_pretrain(
@@ -98,96 +98,198 @@ def continual_pretrain(
         Interrupted: SIGTERM or Ctrl-C; what is learned is saved.
     """
     with Signals():
-        return _continual_pretrain(recipe, resume, overwrite, halves, report)
-
-
-def _continual_pretrain(recipe: Recipe, resume: bool, overwrite: bool, halves: bool, report: bool) -> Results:
-    state = PartialState(cpu=not torch.cuda.is_available())
-    console = Console(quiet=not state.is_main_process, highlight=False)
-    if state.device.type == "cpu" and state.num_processes == 1:
-        use_all_cores()
-    transformers.utils.logging.disable_progress_bar()  # of loading and saving weights
-    output = Path(recipe.output_dir)
-    restored = False
-    try:
-        with claimed(output):
-            before = on_main(state, check_and_clean, output, recipe, resume, overwrite)
-            try:
-                check_model(recipe)
-                with state.main_process_first():
-                    text, tokenizer = load_text(recipe, console), load_tokenizer(model_path(recipe), recipe)
-                results = _walk(recipe, before, output, overwrite, halves, text, tokenizer, state, console)
-            except Exception:
-                check_signals()
-                restored = overwrite and state.is_main_process and undo_overwriting(output)
-                raise
-            if report and state.is_main_process:
-                console.print(f"Report: {_report(output)}", soft_wrap=True, markup=False)
+        walk = Walk(recipe, resume, overwrite, halves)
+        with _faults_in_words(walk), claimed(walk.output):
+            results = walk.run()
+            if report and walk.state.is_main_process:
+                walk.say(f"Report: {_report(walk.output)}")
         return results
-    except (OSError, SafetensorError, RuntimeError) as error:
-        check_signals()  # which may have ended others first: data-loader workers, the processes of a launcher
-        if is_about_workers(error):
-            raise UserError(
-                "dataloader_num_workers: a worker of the data loader was killed, perhaps for its memory; write a "
-                "smaller number, and use --resume to go on"
-            ) from error
-        if state.num_processes > 1 and is_about_processes(error):
-            raise ProcessLost(
-                f"process {state.process_index} of {state.num_processes} lost another one, which was killed or says "
-                f"why it ended; use --resume to go on ({one_line(error)})"
-            ) from error
-        if is_about_disk(error):
-            where = getattr(error, "filename", None) or output
-            raise UserError(
-                f"output_dir: cannot write to {where}: {one_line(error)}; free some space, or make it writable, and "
-                f"{'give the same command again' if restored else 'use --resume'}"
-            ) from error
-        raise
 
 
-def _walk(
-    recipe: Recipe,
-    before: Recipe | None,
-    output: Path,
-    overwrite: bool,
-    halves: bool,
-    text: dict[str, Documents],
-    tokenizer: Any,
-    state: PartialState,
-    console: Console,
-) -> Results:
-    stages = stages_of(recipe, output)
-    learned = {domain.name: index for index, stage in enumerate(stages, 1) for domain in stage.domains}
-    domains = {domain.name: learned.get(domain.name) for domain in [*recipe.measure, *recipe.domains]}
-    args = recipe.training_arguments(None, str(output))
-    causal = is_causal(recipe)
-    read = Reader(recipe, {name: text[name] for name in domains}, args, halves, state)
-    needs_earlier = any(METHODS[name].needs_earlier_domains for name in recipe.method)
+@dataclass
+class Measured:
+    """
+    What one measurement of all held-out text gives.
 
-    def make_trainer(model: Any, tokenizer: Any, stage: Stage, directory: Path) -> ContinualTrainer:
-        domain = stage.domains[0] if len(stage.domains) == 1 else None
-        args = recipe.training_arguments(domain, str(directory))
-        if stage is not stages[0] and not (domain and "importance" in domain.training):
-            args.importance = "auto"  # where the importance of the base model comes from has been settled
-        args.push_to_hub = False  # the walk pushes, when a stage is finished and measured
-        so_far = [d for s in stages[: stages.index(stage) + 1] for d in s.domains]
-        learned = so_far if needs_earlier else stage.domains
-        masking, seed = labeling(tokenizer, causal, args.mlm_probability), data_seed(args)
-        rows: TrainingBlocks
-        if domain and domain.streaming:
-            documents, buffer = text[domain.name].train, domain.shuffle_buffer
-            rows = TrainingStream(documents, tokenizer, args.max_length, masking, seed, domain.name, buffer)
-        else:
-            blocks = read.packed(tokenizer, [domain.name for domain in learned])
-            rows = TrainingBlocks(blocks, masking, seed, "interleaved" if needs_earlier else recipe.schedule)
-        held_out, development = read.held_out(tokenizer)
+    Args:
+        row: of the result matrix, as `forgetting.json` holds it.
+        held_out: domain -> what every document says, kept under the key that the row names.
+    """
+
+    row: dict[str, Any]
+    held_out: dict[str, HeldOut]
+
+
+class Walk:
+    """
+    Take a model through the domains of a recipe: read [`run`] first. For the arguments see [`continual_pretrain`].
+
+    The output directory is to be [`claimed`].
+    """
+
+    def __init__(self, recipe: Recipe, resume: bool, overwrite: bool, halves: bool):
+        self.state = PartialState(cpu=not torch.cuda.is_available())
+        self.console = Console(quiet=not self.state.is_main_process, highlight=False)
+        if self.state.device.type == "cpu" and self.state.num_processes == 1:
+            use_all_cores()
+        transformers.utils.logging.disable_progress_bar()  # of loading and saving weights
+        self.recipe = self.asked = recipe  # `recipe` will name the base model with its new head, if it gets one
+        self.resume, self.overwrite, self.halves = resume, overwrite, halves
+        self.output = Path(recipe.output_dir)
+        self.stages = stages_of(recipe, self.output)
+        self.restored = False  # whether a failure has put back the run that was to be overwritten
+        self.seconds: dict[str, float] = {}  # that this process took to learn a stage
+        self.earlier: Results | None = None  # of the run to go on with
+        self.hub: HubRepository | None = None
+
+    def run(self) -> Results:
+        """Walk. Returns the results."""
+        self.before = on_main(self.state, check_and_clean, self.output, self.recipe, self.resume, self.overwrite)
+        with self._or_as_before():
+            self.check()
+            if not self.results.stages:
+                self.measure_base()
+            self.recipe = with_head(self.asked, self.output)
+            self.source: str | Path = model_path(self.recipe)
+            for index, stage in enumerate(self.stages, 1):
+                if not self.is_recorded(index, stage):
+                    # No name here holds the trainer: its model would stay in memory beside the next.
+                    measured = self.measure_stage(stage, None if stage.is_finished else self.learn(index, stage))
+                    self.record(index, measured)
+                self.source = stage.directory
+            return self.finish()
+
+    # ---- before anything is learned --------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Read all text and compare it with that of the run to go on with; warn of what looks wrong in a new run."""
+        recipe = self.recipe
+        check_model(recipe)
+        with self.state.main_process_first():
+            self.text, self.tokenizer = load_text(recipe, self.console), load_tokenizer(model_path(recipe), recipe)
+        learned = {domain.name: index for index, stage in enumerate(self.stages, 1) for domain in stage.domains}
+        domains = {domain.name: learned.get(domain.name) for domain in [*recipe.measure, *recipe.domains]}
+        args = recipe.training_arguments(None, str(self.output))
+        self.causal = is_causal(recipe)
+        self.reader = Reader(recipe, {name: self.text[name] for name in domains}, args, self.halves, self.state)
+        if args.push_to_hub and self.state.is_main_process:
+            self.hub = HubRepository(args, self.output.absolute().name)
+        unit = f"nats per {'' if self.causal else 'masked '}token"
+        self.results = Results(domains, run=run_facts(recipe, self.text, args), unit=unit)
+        if (self.output / RESULTS_NAME).is_file() and not self.overwrite:
+            self._go_on_with(Results.load(self.output))
+        elif self.state.is_main_process:
+            self._warn_of_slips()
+
+    def _go_on_with(self, earlier: Results) -> None:
+        check_text(earlier.run, self.results.run, "--resume")
+        check_precision(earlier.run, self.results.run, "--resume")
+        self.results.stages, self.results.run["warnings"] = earlier.stages, earlier.run.get("warnings", {})
+        self.earlier = earlier
+
+    def _warn_of_slips(self) -> None:
+        for name, warning in find_leakage(self.text).warnings():
+            self.warn(name, warning, "; see das-lm check-data")
+        given = itertools.chain(self.recipe.training, *(domain.training for domain in self.recipe.domains))
+        if unread := unread_options(given, self.recipe.method):
+            self.warn("training", f"read by no chosen method ({', '.join(self.recipe.method)}): {', '.join(unread)}")
+
+    def measure_base(self) -> None:
+        """
+        Measure the model that has learned nothing, after its new LM head if it gets one.
+
+        All that a wrong recipe can say shows here; only then is anything written, or an earlier run removed.
+        """
+        recipe, has_new_head = self.recipe, self.recipe.new_lm_head is not None
+        with TemporaryDirectory() as scratch:
+            model = load_model(model_path(recipe), recipe)
+            self._try_every_stage(model, Path(scratch))
+            if has_new_head:
+                general = self.reader.packed(self.tokenizer, [domain.name for domain in recipe.measure])
+                train_head(model, recipe, general, self.tokenizer, scratch)
+            trainer = measuring_trainer(model, recipe, self.tokenizer, scratch)
+            checkpoint = BASE_NAME if has_new_head else recipe.model_name_or_path
+            measured = self.measure(trainer, "base", {"checkpoint": checkpoint})
+            if has_new_head:
+                _save(trainer, Path(scratch, BASE_NAME), replace(recipe, peft=None), None)
+            larger = self.tokenizer
+            for stage in self.stages:
+                larger = with_new_words(model, larger, stage, self.text, recipe)
+            if self.state.is_main_process:
+                self._open_output()
+                if has_new_head:
+                    copy_whole(Path(scratch, BASE_NAME), self.output / BASE_NAME)
+        self.record(0, measured)
+        self.state.wait_for_everyone()
+
+    def _try_every_stage(self, model: Any, scratch: Path) -> None:
+        """Make the trainer of every stage, for what it refuses."""
+        for stage in self.stages:
+            trainer = self.trainer_of(stage, model, self.tokenizer, scratch)
+            if self.recipe.peft:
+                trainer.model.unload()
+        if len(self.stages) == 1 and (warning := without_effect(trainer.methods)):
+            self.warn(self.stages[0].name, warning)
+
+    def _open_output(self) -> None:
+        open_output(self.output, self.recipe, self.overwrite)
+        if (self.output / ASIDE_NAME).is_dir():
+            self.say(f"The run before stands in {self.output / ASIDE_NAME} until '{self.stages[0].name}' is learned")
+
+    # ---- a stage ---------------------------------------------------------------------------------------------------
+
+    def is_recorded(self, index: int, stage: Stage) -> bool:
+        """Whether a stage is learned and measured already."""
+        return len(self.results.stages) > index and stage.is_finished
+
+    def learn(self, index: int, stage: Stage) -> ContinualTrainer:
+        """Learn the domains of a stage, go on where this was interrupted, and save the model."""
+        trainer = self._open_stage(stage)
+        self.console.rule(f"[bold]{stage.name}[/bold] ({index} of {len(self.stages)})", align="left")
+        started = time.perf_counter()
+        trainer.train(resume_from_checkpoint=self._checkpoint_of(index, stage, trainer))
+        _save(trainer, stage.directory, self.recipe, None if index == 1 else Path(self.source))
+        self.seconds[stage.name] = round(time.perf_counter() - started, 1)
+        return trainer
+
+    def _open_stage(self, stage: Stage) -> ContinualTrainer:
+        """The trainer of a stage, with the model of the one before and the words that its domains bring."""
+        recipe = self.recipe
+        tokenizer = load_tokenizer(str(self.source), recipe)
+        is_apart = recipe.peft and recipe.peft["adapters"] == "apart"
+        model = load_model(model_path(recipe) if is_apart else str(self.source), recipe)
+        model.name_or_path = str(self.source)  # where the methods find what they keep
+        tokenizer = with_new_words(model, tokenizer, stage, self.text, recipe)
+        with _curves_in(self.output / CURVES_NAME / stage.directory.name):
+            trainer = self.trainer_of(stage, model, tokenizer, stage.workshop)
+        if recipe.peft and recipe.peft["adapters"] != "merge":
+            trainer.model.active_peft_config.base_model_name_or_path = model_path(recipe)
+        return trainer
+
+    def _checkpoint_of(self, index: int, stage: Stage, trainer: ContinualTrainer) -> Any:
+        """The newest checkpoint of a stage, if it has one; another batch or length than it began with is refused."""
+        if self.earlier:
+            trainer.check_order(batch_before(self.earlier.run, stage.name))
+        checkpoint = on_main(self.state, newest_checkpoint, stage.workshop)
+        if self.before and (told := trainer.check_length(length_of(self.before, stage, index - 1), checkpoint)):
+            self.say(told)
+            if self.state.is_main_process:
+                write_text(self.output / RECIPE_NAME, self.asked.to_yaml())
+        return checkpoint
+
+    def trainer_of(self, stage: Stage, model: Any, tokenizer: Any, directory: Path) -> ContinualTrainer:
+        """A trainer that learns the domains of a stage, and writes its checkpoints to a directory."""
+        recipe, so_far = self.recipe, self._domains_until(stage)
+        args = self._arguments_of(stage, directory)
+        rows = self._rows_of(stage, tokenizer, args)
+        held_out, development = self.reader.held_out(tokenizer)
         to_choose_by = {*args.interpolation_domains, *(one.name for one in so_far)}
         trainer = ContinualTrainer(
             model=model,
             args=args,
             method=recipe.method,
             train_dataset=rows,
-            eval_dataset=development if halves else held_out,
+            eval_dataset=development if self.halves else held_out,
             processing_class=tokenizer,
             domain=stage.name,
             development_dataset=development and {n: one for n, one in development.items() if n in to_choose_by},
@@ -197,164 +299,153 @@ def _walk(
         trainer.tells_of_methods_without_effect = False  # the walk does
         return trainer
 
-    def warn(about: str, warning: str, hint: str = "") -> None:
-        console.print("[yellow]warning:[/yellow]", escape(f"{warning}{hint}"), soft_wrap=True)
-        results.run["warnings"].setdefault(about, []).append(warning)
+    def _arguments_of(self, stage: Stage, directory: Path) -> DASConfig:
+        args = self.recipe.training_arguments(stage.domain, str(directory))
+        if stage is not self.stages[0] and not (stage.domain and "importance" in stage.domain.training):
+            args.importance = "auto"  # where the importance of the base model comes from has been settled
+        args.push_to_hub = False  # the walk pushes, when a stage is finished and measured
+        return args
 
-    hub = HubRepository(args, output.absolute().name) if args.push_to_hub and state.is_main_process else None
-    results = Results(domains, run=run_facts(recipe, text, args), unit=f"nats per {'' if causal else 'masked '}token")
-    earlier = None
-    if (output / RESULTS_NAME).is_file() and not overwrite:
-        earlier = Results.load(output)
-        check_text(earlier.run, results.run, "--resume")
-        check_precision(earlier.run, results.run, "--resume")
-        results.stages, results.run["warnings"] = earlier.stages, earlier.run.get("warnings", {})
-    elif state.is_main_process:
-        for name, warning in find_leakage(text).warnings():
-            warn(name, warning, "; see das-lm check-data")
-        given = itertools.chain(recipe.training, *(domain.training for domain in recipe.domains))
-        if unread := unread_options(given, recipe.method):
-            warn("training", f"read by no chosen method ({', '.join(recipe.method)}): {', '.join(unread)}")
-    if not results.stages:
-        # All that a wrong recipe can say shows here; only then is anything written, or an earlier run removed.
-        with TemporaryDirectory() as scratch:
-            model = load_model(model_path(recipe), recipe)
-            for stage in stages:
-                trainer = make_trainer(model, tokenizer, stage, Path(scratch))
-                if recipe.peft:
-                    trainer.model.unload()
-            if len(stages) == 1 and (warning := without_effect(trainer.methods)):
-                warn(stages[0].name, warning)
-            if recipe.new_lm_head is not None:
-                general = read.packed(tokenizer, [domain.name for domain in recipe.measure])
-                train_head(model, recipe, general, tokenizer, scratch)
-            trainer = measuring_trainer(model, recipe, tokenizer, scratch)
-            measured = _measure(trainer, read.held_out(tokenizer)[0], "base", console)
-            if recipe.new_lm_head is not None:
-                _save(trainer, Path(scratch, BASE_NAME), replace(recipe, peft=None), None)
-            larger = tokenizer
-            for stage in stages:
-                larger = with_new_words(model, larger, stage, text, recipe)
-            if state.is_main_process:
-                open_output(output, recipe, overwrite)
-                if (output / ASIDE_NAME).is_dir():
-                    aside = f"The run before stands in {output / ASIDE_NAME} until '{stages[0].name}' is learned"
-                    console.print(aside, soft_wrap=True, markup=False)
-                if recipe.new_lm_head is not None:
-                    copy_whole(Path(scratch, BASE_NAME), output / BASE_NAME)
-        base = recipe.model_name_or_path if recipe.new_lm_head is None else BASE_NAME
-        _keep(results, *measured, {"checkpoint": base}, 0, output, state, None)
-        del model, trainer
-        state.wait_for_everyone()
+    def _rows_of(self, stage: Stage, tokenizer: Any, args: DASConfig) -> TrainingBlocks:
+        """What a stage learns from: its own domains, or all so far for a method that needs them."""
+        masking, seed = labeling(tokenizer, self.causal, args.mlm_probability), data_seed(args)
+        domain = stage.domain
+        if domain and domain.streaming:
+            documents, buffer = self.text[domain.name].train, domain.shuffle_buffer
+            return TrainingStream(documents, tokenizer, args.max_length, masking, seed, domain.name, buffer)
+        needs_earlier = any(METHODS[name].needs_earlier_domains for name in self.recipe.method)
+        learned = self._domains_until(stage) if needs_earlier else stage.domains
+        blocks = self.reader.packed(tokenizer, [domain.name for domain in learned])
+        return TrainingBlocks(blocks, masking, seed, "interleaved" if needs_earlier else self.recipe.schedule)
 
-    asked, recipe = recipe, with_head(recipe, output)
-    source: str | Path = model_path(recipe)
-    for index, stage in enumerate(stages, 1):
-        if len(results.stages) > index and stage.is_finished:
-            source = stage.directory
-            continue
-        is_finished, seconds = stage.is_finished, None  # and not yet measured
-        tokenizer = load_tokenizer(str(stage.directory if is_finished else source), recipe)
-        if not is_finished:
-            is_apart = recipe.peft and recipe.peft["adapters"] == "apart"
-            model = load_model(model_path(recipe) if is_apart else str(source), recipe)
-            model.name_or_path = str(source)  # where the methods find what they keep
-            tokenizer = with_new_words(model, tokenizer, stage, text, recipe)
-            with _curves_in(output / CURVES_NAME / stage.directory.name):
-                trainer = make_trainer(model, tokenizer, stage, stage.workshop)
-            if recipe.peft and recipe.peft["adapters"] != "merge":
-                trainer.model.active_peft_config.base_model_name_or_path = model_path(recipe)
-            console.rule(f"[bold]{stage.name}[/bold] ({index} of {len(stages)})", align="left")
-            started = time.perf_counter()
-            if earlier:
-                trainer.check_order(batch_before(earlier.run, stage.name))
-            checkpoint = on_main(state, newest_checkpoint, stage.workshop)
-            if before and (told := trainer.check_length(length_of(before, stage, index - 1), checkpoint)):
-                console.print(told, soft_wrap=True, markup=False)
-                if state.is_main_process:
-                    write_text(output / RECIPE_NAME, asked.to_yaml())
-            trainer.train(resume_from_checkpoint=checkpoint)
-            _save(trainer, stage.directory, recipe, None if stage is stages[0] else Path(source))
-            seconds = round(time.perf_counter() - started, 1)
-        if state.is_main_process:
-            drop_aside(output)
-        if is_finished or recipe.peft:
+    def _domains_until(self, stage: Stage) -> list[Domain]:
+        return [domain for one in self.stages[: self.stages.index(stage) + 1] for domain in one.domains]
+
+    # ---- measure and record ----------------------------------------------------------------------------------------
+
+    def measure_stage(self, stage: Stage, trainer: ContinualTrainer | None) -> Measured:
+        """Measure what a stage has saved, with the trainer that has just learned it, if one has."""
+        tokenizer = trainer.processing_class if trainer else load_tokenizer(str(stage.directory), self.recipe)
+        if self.state.is_main_process:
+            drop_aside(self.output)
+        if trainer is None or self.recipe.peft:
             with TemporaryDirectory() as scratch:
-                model = load_model(str(stage.directory), recipe)
-                trainer = measuring_trainer(model, recipe, tokenizer, scratch)
-        facts = {"checkpoint": stage.directory.name, "seconds": seconds, **stage_facts(stage, trainer)}
-        _keep(
-            results,
-            *_measure(trainer, read.held_out(tokenizer)[0], stage.name, console, facts),
-            facts,
-            index,
-            output,
-            state,
-            hub,
-        )
-        source = stage.directory
-    for stage in stages:
-        if state.is_main_process:
-            shutil.rmtree(stage.workshop, ignore_errors=True)
-    console.print(*results.tables(), sep="\n")
-    console.print(f"Results: {output / RESULTS_NAME}    Model: {source}", soft_wrap=True, markup=False)
-    return results
+                model = load_model(str(stage.directory), self.recipe)
+                trainer = measuring_trainer(model, self.recipe, tokenizer, scratch)
+        how = {"checkpoint": stage.directory.name, "seconds": self.seconds.get(stage.name)}
+        return self.measure(trainer, stage.name, {**how, **stage_facts(stage, trainer)})
 
+    def measure(self, trainer: ContinualTrainer, name: str, facts: dict[str, Any]) -> Measured:
+        """
+        Measure a model on the held-out text of every domain, and say what it gives.
 
-def _measure(
-    trainer: ContinualTrainer,
-    held_out: dict[str, HeldOutWindows],
-    name: str,
-    console: Console,
-    facts: dict[str, Any] | None = None,
-) -> tuple[dict[str, Any], dict[str, HeldOut]]:
-    """A row of the result matrix, and what every document says, under the key that it is kept by."""
-    measured = trainer.measure(held_out)
-    scores = {domain: one.measures(trainer.criterion.causal) for domain, one in measured.items()}
-    broken = [domain for domain, score in scores.items() if not math.isfinite(score["loss"])]
-    if broken:
-        raise UserError(
-            f"the held-out loss of '{broken[0]}' is {scores[broken[0]]['loss']} for {name}: see its weights"
-        )
-    losses = "   ".join(f"{domain} {score['loss']:.3f}" for domain, score in scores.items())
-    console.print(f"held-out loss of {name}:   {losses}")
-    if facts and "mean_importance" in facts:
-        means = "   ".join(f"{kind} {mean:.3f}" for kind, mean in facts["mean_importance"].items())
-        console.print(f"mean importance, which the next domain's mask holds back:   {means}")
-    if facts and "interpolation_chosen_on" in facts:
-        console.print(f"α {facts['interpolation_alpha']}, chosen on {', '.join(facts['interpolation_chosen_on'])}")
-    weights = model_fingerprint(trainer.model)
-    keys = {domain: fingerprint("held out", weights, one.fingerprint) for domain, one in held_out.items()}
-    return {"name": name, "scores": scores, "measured": keys}, measured
+        Args:
+            trainer: of the model.
+            name: of the row.
+            facts: what else the row tells.
 
+        Raises:
+            UserError: a loss is not finite.
+        """
+        windows = self.reader.held_out(trainer.processing_class).measured
+        measured = trainer.measure(windows)
+        scores = {domain: one.measures(trainer.criterion.causal) for domain, one in measured.items()}
+        for domain, score in scores.items():
+            if not math.isfinite(score["loss"]):
+                raise UserError(f"the held-out loss of '{domain}' is {score['loss']} for {name}: see its weights")
+        losses = "   ".join(f"{domain} {score['loss']:.3f}" for domain, score in scores.items())
+        self.console.print(f"held-out loss of {name}:   {losses}")
+        if "mean_importance" in facts:
+            means = "   ".join(f"{kind} {mean:.3f}" for kind, mean in facts["mean_importance"].items())
+            self.console.print(f"mean importance, which the next domain's mask holds back:   {means}")
+        if "interpolation_chosen_on" in facts:
+            chosen_on = ", ".join(facts["interpolation_chosen_on"])
+            self.console.print(f"α {facts['interpolation_alpha']}, chosen on {chosen_on}")
+        weights = model_fingerprint(trainer.model)
+        keys = {domain: fingerprint("held out", weights, one.fingerprint) for domain, one in windows.items()}
+        return Measured({"name": name, "scores": scores, "measured": keys, **facts}, measured)
 
-def _keep(
-    results: Results,
-    row: dict[str, Any],
-    measured: dict[str, HeldOut],
-    facts: dict[str, Any],
-    index: int,
-    output: Path,
-    state: PartialState,
-    hub: HubRepository | None,
-) -> None:
-    """Put a row and its intervals into the results, and write them; of a stage its card before, and push it."""
-    results.stages[index : index + 1] = [{**row, **facts}]  # there is one if a domain was deleted and learned again
-    if state.is_main_process:
-        cache = Cache(output / CACHE_NAME)
-        for domain, one in measured.items():
+    def record(self, index: int, measured: Measured) -> None:
+        """Put a row and its intervals into the results, and write them; of a stage its card before, and push it."""
+        results = self.results
+        results.stages[index : index + 1] = [measured.row]  # there is one if a domain was deleted and learned again
+        if self.state.is_main_process:
+            self._add_intervals(measured)
+            if index:  # whatever is interrupted here is measured and pushed again
+                self._publish(index, measured.row)
+            results.save(self.output)
+
+    def _add_intervals(self, measured: Measured) -> None:
+        cache, row, stages = Cache(self.output / CACHE_NAME), measured.row, self.results.stages
+        for domain, one in measured.held_out.items():
             cache.put(row["measured"][domain], one.tensors(), {"stage": row["name"], "domain": domain})
-        kept = [{name: cache.held_out(key) for name, key in stage["measured"].items()} for stage in results.stages]
+        kept = [{name: cache.held_out(key) for name, key in stage["measured"].items()} for stage in stages]
         if all(one for stage in kept for one in stage.values()):
-            results.add_held_out_intervals(kept)
-        if index:  # whatever is interrupted here is measured and pushed again
-            so_far = replace(results, stages=results.stages[: index + 1])
-            write_card(output / facts["checkpoint"], so_far, hub and hub.id)
-            if hub:
-                stages = max(filter(None, results.domains.values()))
-                message = f"{row['name']} ({index} of {stages})"
-                hub.push(output / facts["checkpoint"], message)
-        results.save(output)
+            self.results.add_held_out_intervals(kept)
+
+    def _publish(self, index: int, row: dict[str, Any]) -> None:
+        directory = self.output / row["checkpoint"]
+        so_far = replace(self.results, stages=self.results.stages[: index + 1])
+        write_card(directory, so_far, self.hub and self.hub.id)
+        if self.hub:
+            self.hub.push(directory, f"{row['name']} ({index} of {len(self.stages)})")
+
+    def finish(self) -> Results:
+        """Remove what only training needs, and show the results."""
+        for stage in self.stages:
+            if self.state.is_main_process:
+                shutil.rmtree(stage.workshop, ignore_errors=True)
+        self.console.print(*self.results.tables(), sep="\n")
+        self.say(f"Results: {self.output / RESULTS_NAME}    Model: {self.source}")
+        return self.results
+
+    # ---- what people see, and failures -----------------------------------------------------------------------------
+
+    def say(self, text: str) -> None:
+        """Print one line, however long, as it is."""
+        self.console.print(text, soft_wrap=True, markup=False)
+
+    def warn(self, about: str, warning: str, hint: str = "") -> None:
+        """Print a warning, with a hint, and keep it in the results."""
+        self.console.print("[yellow]warning:[/yellow]", escape(f"{warning}{hint}"), soft_wrap=True)
+        self.results.run["warnings"].setdefault(about, []).append(warning)
+
+    @contextmanager
+    def _or_as_before(self) -> Iterator[None]:
+        """On a failure, put back the run that was to be overwritten, unless the new one can be gone on with."""
+        try:
+            yield
+        except Exception:
+            check_signals()
+            self.restored = self.overwrite and self.state.is_main_process and undo_overwriting(self.output)
+            raise
+
+
+@contextmanager
+def _faults_in_words(walk: Walk) -> Iterator[None]:
+    """Say in words what is no fault of the code: a full disk, and processes that were killed."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        check_signals()  # which may have ended others first: data-loader workers, the processes of a launcher
+        if is_about_workers(error):
+            raise UserError(
+                "dataloader_num_workers: a worker of the data loader was killed, perhaps for its memory; write a "
+                "smaller number, and use --resume to go on"
+            ) from error
+        state = walk.state
+        if state.num_processes > 1 and is_about_processes(error):
+            raise ProcessLost(
+                f"process {state.process_index} of {state.num_processes} lost another one, which was killed or says "
+                f"why it ended; use --resume to go on ({one_line(error)})"
+            ) from error
+        if is_about_disk(error):
+            where = getattr(error, "filename", None) or walk.output
+            raise UserError(
+                f"output_dir: cannot write to {where}: {one_line(error)}; free some space, or make it writable, and "
+                f"{'give the same command again' if walk.restored else 'use --resume'}"
+            ) from error
+        raise
 
 
 @contextmanager

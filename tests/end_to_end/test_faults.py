@@ -289,7 +289,7 @@ def _in_callback():
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("moment", [_InDestructor, _in_callback])
-@pytest.mark.parametrize("where, name", [(pretrain, "_save"), (pretrain, "_keep"), (DAS, "begin_domain")])
+@pytest.mark.parametrize("where, name", [(pretrain, "_save"), (pretrain.Walk, "record"), (DAS, "begin_domain")])
 def test_a_signal_that_python_drops_is_heard_later(world, finished, tmp_path, monkeypatch, moment, where, name):  # noqa: F811
     original = getattr(where, name)
 

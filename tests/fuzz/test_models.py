@@ -57,7 +57,7 @@ def check(models):
                 check_model(recipe)
                 tokenizer = load_tokenizer(str(bad), recipe)
                 trainer = measuring_trainer(load_model(str(bad), recipe), recipe, tokenizer, str(models / "out"))
-                trainer.measure(held_out_windows(recipe, {"bio": documents}, tokenizer, trainer.args)[0])
+                trainer.measure(held_out_windows(recipe, {"bio": documents}, tokenizer, trainer.args).measured)
         except UserError as error:
             assert str(error) and "\n" not in str(error) and len(str(error)) < 1_000
             return str(error)

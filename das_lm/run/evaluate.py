@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import transformers
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -30,13 +29,11 @@ from das_lm.model.adapters import base_of
 from das_lm.model.loading import is_causal, load_model, load_tokenizer, model_path
 from das_lm.run.directory import RECIPE_NAME, stages_of, with_head
 from das_lm.run.facts import check_precision, check_text, machine_facts
-from das_lm.run.processes import claimed
+from das_lm.run.processes import begin, claimed
 from das_lm.run.reading import held_out_windows
 from das_lm.run.recipe import Recipe
 from das_lm.run.recipe_file import load_recipe
 from das_lm.run.trainers import measuring_trainer
-from das_lm.terminal import Console
-from das_lm.training.cpu import use_all_cores
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -200,11 +197,7 @@ def _evaluate(
     results: Results, paths: list[str], recipe: Recipe, text: Mapping[str, Dataset], probes: Probes, output: Path
 ) -> Results:
     """Measure every stage, add intervals, write and show the results."""
-    state = PartialState(cpu=not torch.cuda.is_available())
-    if state.device.type == "cpu" and state.num_processes == 1:
-        use_all_cores()
-    transformers.utils.logging.disable_progress_bar()  # of loading weights
-    console = Console(quiet=not state.is_main_process, highlight=False)
+    state, console = begin()
     if probes.pseudo_perplexity and any(is_causal(recipe, path) for path in paths):
         raise UserError("pseudo_perplexity: is of masked language models; a causal one has a perplexity of its own")
     questions = {name: load_questions(source) for name, source in probes.cloze.items()}

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 
 def run_facts(recipe: Recipe, text: dict[str, Documents], args: Any) -> dict[str, Any]:
+    """What `forgetting.json` says of how a run was begun."""
     return {
         "recipe": yaml.safe_load(recipe.to_yaml()),
         **machine_facts(),

@@ -1,4 +1,4 @@
-"""What one process does for all of a run: it claims the output directory, and answers for the others."""
+"""The processes of a run: how they begin, and what the main one does for all."""
 
 from __future__ import annotations
 
@@ -8,11 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from das_lm.errors import UserError
 from das_lm.run.directory import locked
+from das_lm.terminal import Console
+from das_lm.training.cpu import use_all_cores
+
+
+def begin() -> tuple[PartialState, Console]:
+    """This process among those of a run, and a console on which the main one alone prints."""
+    state = PartialState(cpu=not torch.cuda.is_available())
+    if state.device.type == "cpu" and state.num_processes == 1:
+        use_all_cores()
+    transformers.utils.logging.disable_progress_bar()  # of loading and saving weights
+    return state, Console(quiet=not state.is_main_process, highlight=False)
 
 
 @contextmanager

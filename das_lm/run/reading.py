@@ -97,6 +97,7 @@ def with_new_words(model: Any, tokenizer: Any, stage: Stage, text: dict[str, Doc
 
 
 def load_text(recipe: Recipe, console: Console) -> dict[str, Documents]:
+    """The text of all domains by name; what is odd in it is printed."""
     text = recipe.load_text()
     for documents in text.values():
         for warning in documents.warnings:

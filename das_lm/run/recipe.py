@@ -18,6 +18,7 @@ from das_lm.run.arguments import check_peft, check_training
 if TYPE_CHECKING:
     from das_lm.data.domains import Documents
     from das_lm.training.config import DASConfig
+    from das_lm.units.architectures import Architecture
 
 
 @in_plain_words
@@ -195,6 +196,12 @@ class Recipe:
         """The text of all domains by name, those that are learned first."""
         text = {domain.name: domain.load() for domain in self.domains}
         return text | {one.name: one.load(measure_only=self.new_lm_head is None) for one in self.measure}
+
+    def architecture(self) -> Architecture | None:
+        """The entry that `units` gives, if it does."""
+        from das_lm.units.architectures import Architecture
+
+        return Architecture.from_dict(self.units) if self.units else None
 
     def training_arguments(self, domain: Domain | None, output_dir: str, check_device: bool = True) -> DASConfig:
         """The training arguments of the recipe with those of a domain over them.

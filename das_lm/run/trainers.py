@@ -14,7 +14,6 @@ from das_lm.model import adapters
 from das_lm.model.loading import head_parameters, is_causal
 from das_lm.training.inputs import data_seed
 from das_lm.training.trainer import ContinualTrainer
-from das_lm.units import Architecture
 
 if TYPE_CHECKING:
     from das_lm.run.recipe import Recipe
@@ -31,7 +30,7 @@ def measuring_trainer(model: Any, recipe: Recipe, tokenizer: Any, directory: str
         args,
         "naive",
         processing_class=tokenizer,
-        architecture=Architecture.from_dict(recipe.units) if recipe.units else None,
+        architecture=recipe.architecture(),
         peft_config=adapters.lora_config(recipe.peft) if bare else None,
     )
 
@@ -53,9 +52,14 @@ def train_head(model: Any, recipe: Recipe, text: dict[str, Any], tokenizer: Any,
     args.push_to_hub = args.load_best_model_at_end = False
     masking = labeling(tokenizer, is_causal(recipe), args.mlm_probability)
     rows = TrainingBlocks(text, masking, data_seed(args), "interleaved")
-    architecture = Architecture.from_dict(recipe.units) if recipe.units else None
     trainer = ContinualTrainer(
-        model, args, "naive", rows, processing_class=tokenizer, domain="new LM head", architecture=architecture
+        model,
+        args,
+        "naive",
+        rows,
+        processing_class=tokenizer,
+        domain="new LM head",
+        architecture=recipe.architecture(),
     )
     if trainer.is_sharded:
         raise UserError("new_lm_head: with fsdp there is no head to train alone; begin with one process, or DDP")

@@ -14,9 +14,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-import torch
-import transformers
-from accelerate import PartialState
 from rich.markup import escape
 from safetensors import SafetensorError
 
@@ -57,15 +54,12 @@ from das_lm.run.directory import (
     with_head,
 )
 from das_lm.run.facts import check_precision, check_text, run_facts, stage_facts
-from das_lm.run.processes import claimed, on_main
+from das_lm.run.processes import begin, claimed, on_main
 from das_lm.run.reading import Reader, load_text, with_new_words
 from das_lm.run.trainers import measuring_trainer, train_head
 from das_lm.signals import ProcessLost, Signals, check_signals, is_about_processes, is_about_workers
-from das_lm.terminal import Console
-from das_lm.training.cpu import use_all_cores
 from das_lm.training.inputs import data_seed
 from das_lm.training.trainer import ContinualTrainer
-from das_lm.units import Architecture
 
 if TYPE_CHECKING:
     from das_lm.data.domains import Domain
@@ -128,11 +122,7 @@ class Walk:
     """
 
     def __init__(self, recipe: Recipe, resume: bool, overwrite: bool, halves: bool):
-        self.state = PartialState(cpu=not torch.cuda.is_available())
-        self.console = Console(quiet=not self.state.is_main_process, highlight=False)
-        if self.state.device.type == "cpu" and self.state.num_processes == 1:
-            use_all_cores()
-        transformers.utils.logging.disable_progress_bar()  # of loading and saving weights
+        self.state, self.console = begin()
         self.recipe = self.asked = recipe  # `recipe` will name the base model with its new head, if it gets one
         self.resume, self.overwrite, self.halves = resume, overwrite, halves
         self.output = Path(recipe.output_dir)
@@ -293,7 +283,7 @@ class Walk:
             processing_class=tokenizer,
             domain=stage.name,
             development_dataset=development and {n: one for n, one in development.items() if n in to_choose_by},
-            architecture=Architecture.from_dict(recipe.units) if recipe.units else None,
+            architecture=recipe.architecture(),
             peft_config=adapters.lora_config(recipe.peft) if recipe.peft else None,
         )
         trainer.tells_of_methods_without_effect = False  # the walk does

@@ -1,4 +1,4 @@
-"""The walk over the domains of a recipe: load → measure → learn → consolidate → measure → save."""
+"""The walk over the domains of a recipe: check, measure the base model, then learn, measure and record each stage."""
 
 from __future__ import annotations
 
@@ -21,14 +21,7 @@ from das_lm.data.blocks import TrainingBlocks
 from das_lm.data.masking import labeling
 from das_lm.data.streaming import TrainingStream
 from das_lm.errors import UserError, one_line
-from das_lm.files import (
-    copy_whole,
-    is_about_disk,
-    newest_checkpoint,
-    partial_path,
-    seal,
-    write_text,
-)
+from das_lm.files import copy_whole, is_about_disk, newest_checkpoint, partial_path, seal, write_text
 from das_lm.measure.cache import DIRECTORY as CACHE_NAME
 from das_lm.measure.cache import Cache, fingerprint, model_fingerprint
 from das_lm.measure.leakage import find_leakage
@@ -115,11 +108,7 @@ class Measured:
 
 
 class Walk:
-    """
-    Take a model through the domains of a recipe: read [`run`] first. For the arguments see [`continual_pretrain`].
-
-    The output directory is to be [`claimed`].
-    """
+    """[`continual_pretrain`] in a directory that is [`claimed`], with its arguments. Read [`run`] first."""
 
     def __init__(self, recipe: Recipe, resume: bool, overwrite: bool, halves: bool):
         self.state, self.console = begin()
@@ -133,7 +122,7 @@ class Walk:
         self.hub: HubRepository | None = None
 
     def run(self) -> Results:
-        """Walk. Returns the results."""
+        """Learn, measure and record all that is not recorded yet; return the results."""
         self.before = on_main(self.state, check_and_clean, self.output, self.recipe, self.resume, self.overwrite)
         with self._or_as_before():
             self.check()

@@ -400,7 +400,9 @@ class DASConfig(TrainingArguments):
             if isinstance(given, str):
                 with suppress(OSError, ValueError):
                     is_path = is_file and Path(given).is_file()  # no pipe, on which it would wait
-                    given = json.loads(Path(given).read_text("utf-8") if is_path else given)
+                    text = Path(given).read_text("utf-8") if is_path else given
+                    if not is_file or text.lstrip()[:1] == "{":
+                        given = json.loads(text)
             if isinstance(given, str | list | int | float):
                 what = "no mapping, and no file of one" if is_file else "no mapping"
                 raise ValueError(f"{name}: '{given}' is {what}; write it as JSON, as in {{\"a\": 1}}")

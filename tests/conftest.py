@@ -86,6 +86,9 @@ def random_batch(lengths: list[int], seed: int = 0) -> dict[str, torch.Tensor]:
 def _one_thread():
     """Sums in one order, and no fight over cores with what else runs."""
     torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("das_lm.run.processes.use_all_cores", lambda: None)  # it would hold for all that follows
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

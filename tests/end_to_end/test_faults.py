@@ -31,6 +31,7 @@ from das_lm.run.directory import locked
 from das_lm.signals import Interrupted, Signals, check_signals
 from das_lm.training import trainer
 from tests.conftest import build_tokenizer, random_blocks, tiny_roberta
+from tests.end_to_end.test_command_line import _command
 from tests.end_to_end.test_scripts import load
 from tests.run.test_walk import _run, finished, world  # noqa: F401 (fixtures)
 
@@ -118,17 +119,20 @@ def test_what_was_being_written_is_no_run_and_goes(world, finished, tmp_path):  
 # ---- real kills --------------------------------------------------------------------------------------------------
 
 
-def test_three_real_kills_of_one_run(world, finished, tmp_path):  # noqa: F811
-    """SIGKILL while a checkpoint is saved, in an importance pass, and when a domain has been measured."""
+def test_three_real_kills_of_one_run(world, tmp_path):  # noqa: F811
+    """SIGKILL while a checkpoint is saved, in an importance pass, and when a domain has been measured. Every run is a
+    process of its own, the one that is not killed, too."""
     chaos, output = load("chaos"), tmp_path / "run"
     shown = ["--disable_tqdm", "false"]
-    assert _run(world, tmp_path / "whole", *shown) == 0
+    alike = {"env": {**os.environ, "OMP_NUM_THREADS": "1"}, "capture_output": True, "check": True, "timeout": 300}
+    subprocess.run(_command(world, tmp_path / "whole", *shown), **alike)
     died_in = [
         chaos.kill_once(["--recipe", str(world / "recipe.yaml"), *shown], output, phase, occurrence, delay=0)
         for phase, occurrence in (("saving a checkpoint", 2), ("importance", 1), ("between domains", 1))
     ]
     assert None not in died_in and "saving a checkpoint" in died_in
-    _finish(world, output, tmp_path / "whole", *shown)
+    subprocess.run(_command(world, output, *shown, "--resume"), **alike)
+    assert chaos.differences(tmp_path / "whole", output) == []
 
 
 # ---- two at once -------------------------------------------------------------------------------------------------

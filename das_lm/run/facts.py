@@ -17,7 +17,8 @@ import yaml
 from das_lm import __version__
 from das_lm.errors import UserError
 from das_lm.run.directory import Stage
-from das_lm.training.trainer import STATE_NAME, ContinualTrainer
+from das_lm.training.checkpoints import STATE_NAME
+from das_lm.training.trainer import ContinualTrainer
 from das_lm.units.importance import FILE_NAME as IMPORTANCE_NAME
 from das_lm.units.importance import Importance
 

@@ -52,6 +52,7 @@ from das_lm.run.reading import Reader, load_text, with_new_words
 from das_lm.run.trainers import measuring_trainer, train_head
 from das_lm.signals import ProcessLost, Signals, check_signals, is_about_processes, is_about_workers
 from das_lm.training.inputs import data_seed
+from das_lm.training.resuming import check_length, check_order
 from das_lm.training.trainer import ContinualTrainer
 
 if TYPE_CHECKING:
@@ -248,9 +249,9 @@ class Walk:
     def _checkpoint_of(self, index: int, stage: Stage, trainer: ContinualTrainer) -> Any:
         """The newest checkpoint of a stage, if it has one; another batch or length than it began with is refused."""
         if self.earlier:
-            trainer.check_order(batch_before(self.earlier.run, stage.name))
+            check_order(trainer, batch_before(self.earlier.run, stage.name))
         checkpoint = on_main(self.state, newest_checkpoint, stage.workshop)
-        if self.before and (told := trainer.check_length(length_of(self.before, stage, index - 1), checkpoint)):
+        if self.before and (told := check_length(trainer, length_of(self.before, stage, index - 1), checkpoint)):
             self.say(told)
             if self.state.is_main_process:
                 write_text(self.output / RECIPE_NAME, self.asked.to_yaml())

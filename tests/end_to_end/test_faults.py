@@ -30,6 +30,7 @@ from das_lm.run import walk as pretrain
 from das_lm.run.directory import locked
 from das_lm.signals import Interrupted, Signals, check_signals
 from das_lm.training import trainer
+from das_lm.training.resuming import check_order
 from tests.conftest import build_tokenizer, random_blocks, tiny_roberta
 from tests.end_to_end.test_command_line import _command
 from tests.end_to_end.test_scripts import load
@@ -526,17 +527,17 @@ def test_the_same_rows_in_every_step_or_a_refusal(tmp_path):
         return dict(zip(keys, (processes, size, accumulation), strict=True))
 
     for same in ((1, 8, 1), (2, 4, 1), (1, 2, 4), (2, 2, 2), (8, 1, 1)):
-        one.check_order(before(*same))
+        check_order(one, before(*same))
     for rows, other in ((16, (2, 8, 1)), (4, (1, 4, 1))):
         with pytest.raises(UserError, match=f"began with {rows} rows per update step .* product is {rows} again"):
-            one.check_order(before(*other))
+            check_order(one, before(*other))
     # 41 rows do not fill steps of 8: five steps do not come to the end, six do.
     one.train_dataset = random_blocks(41)
-    one.check_order(before(2, 4, 1))
+    check_order(one, before(2, 4, 1))
     one.args.max_steps = 6
-    one.check_order(before(1, 4, 2))  # one process fills nothing up
+    check_order(one, before(1, 4, 2))  # one process fills nothing up
     with pytest.raises(UserError, match="41 rows of domain 'bio' do not fill 8 rows per update step"):
-        one.check_order(before(2, 4, 1))
+        check_order(one, before(2, 4, 1))
 
 
 def test_another_batch_is_refused_before_anything_is_learned(world, finished, tmp_path, capsys):  # noqa: F811

@@ -13,6 +13,7 @@ from das_lm.run.directory import CADENCE, HARMLESS, LENGTH, check_output, open_o
 from das_lm.run.evaluate import evaluate_run
 from das_lm.run.recipe_file import load_recipe
 from das_lm.training.config import DASConfig
+from das_lm.training.resuming import check_length
 from das_lm.training.trainer import ContinualTrainer
 from tests.conftest import build_tokenizer, random_blocks, tiny_roberta
 from tests.end_to_end.test_faults import _signal_at_step
@@ -124,14 +125,14 @@ def test_longer_where_the_learning_rate_up_to_here_is_the_same(schedule, step, m
     )
     checkpoint = tmp_path / f"checkpoint-{step}" if step else None
     try:
-        told = trainer.check_length({"max_steps": 10}, checkpoint)
+        told = check_length(trainer, {"max_steps": 10}, checkpoint)
     except UserError as error:
         told = str(error)
         assert "give max_steps 10" in told
     assert message in told
-    assert trainer.check_length({"max_steps": -1, "num_train_epochs": 5.0}, checkpoint) is None  # of 4 steps
+    assert check_length(trainer, {"max_steps": -1, "num_train_epochs": 5.0}, checkpoint) is None  # of 4 steps
     with pytest.raises(UserError, match="began to learn for 24 steps, and 20 are fewer"):
-        trainer.check_length({"max_steps": -1, "num_train_epochs": 6.0}, checkpoint)
+        check_length(trainer, {"max_steps": -1, "num_train_epochs": 6.0}, checkpoint)
 
 
 @pytest.fixture(scope="module")

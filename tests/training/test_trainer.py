@@ -29,7 +29,6 @@ from das_lm.data.collating import PaddingCollator
 from das_lm.data.masking import MLMMasking
 from das_lm.errors import UserError
 from das_lm.files import newest_checkpoint, seal
-from das_lm.training import trainer
 from das_lm.units import Units, gated
 from das_lm.units.importance import FILE_NAME
 from tests.conftest import VOCABULARY, WORDS, build_tokenizer, random_blocks, tiny_roberta
@@ -497,7 +496,7 @@ def test_rotation_does_not_ask_the_clock(tmp_path, monkeypatch):
         step = int(directory.name.partition("-")[2])
         os.utime(directory, (10**9 - 3600 * step,) * 2)
 
-    monkeypatch.setattr(trainer, "seal", sealed)
+    monkeypatch.setattr("das_lm.training.checkpoints.seal", sealed)
     trainer_of(tmp_path, max_steps=4, save_strategy="steps", save_steps=1, save_total_limit=2).train()
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [f"checkpoint-{step}" for step in (3, 4, 9)]
 

@@ -48,24 +48,6 @@ from das_lm.terminal import Console
 from das_lm.training.config import DASConfig
 from das_lm.training.trainer import ContinualTrainer
 
-LANGUAGE_MODELS_ONLY = ("das", "self_replay")
-#: What a search tries of each method, its one main knob; a combination tries the product. Chosen for MLPs of the size
-#: of the experiments' own; a value at the edge of its grid is reported as such.
-GRIDS: dict[str, tuple[str, tuple[Any, ...]]] = {
-    "l2": ("penalty_weight", (1e-3, 1e-2, 1e-1, 1.0, 10.0)),
-    "ewc": ("penalty_weight", (1.0, 10.0, 100.0, 1e3, 1e4)),
-    "mas": ("penalty_weight", (1e-3, 1e-2, 1e-1, 1.0, 10.0)),
-    "si": ("penalty_weight", (1.0, 10.0, 100.0, 1e3, 1e4)),
-    "rwalk": ("penalty_weight", (1e-1, 1.0, 10.0, 100.0, 1e3)),
-    "scp": ("penalty_weight", (1e-1, 1.0, 10.0, 100.0, 1e3)),
-    "replay": ("replay_ratio", (0.1, 0.25, 0.5, 0.75)),
-    "lwf": ("lwf_weight", (0.1, 0.3, 1.0, 3.0, 10.0)),
-    "interpolate": ("interpolation_alpha", ("0.3", "0.5", "0.7", "0.9")),
-    "ema": ("ema_decay", (0.9, 0.99, 0.997, 0.999)),
-    "gem": ("gem_margin", (0.0, 0.5, 1.0, 2.0)),
-    "spg": ("soft_mask_strength", (0.25, 0.5, 0.75, 1.0)),
-    "ncl": ("ncl_radius", (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)),
-}
 #: Of every run, where nothing else is given: Adam at a constant learning rate, no decay, no clipping.
 DEFAULTS: dict[str, Any] = {
     "learning_rate": 1e-3,
@@ -74,8 +56,6 @@ DEFAULTS: dict[str, Any] = {
     "importance_batch_size": 256,
     "use_cpu": True,
 }
-#: What a method needs instead: NCL makes the step itself.
-NEEDS: dict[str, dict[str, Any]] = {"ncl": {"optim": "sgd", "learning_rate": 0.1}}
 #: What the benchmark sets itself, and where a person does.
 ELSEWHERE = {
     "seed": "is set by --seeds",
@@ -103,7 +83,7 @@ class Run:
         method: name of a method, or several as `"ewc+replay"`.
         seed: of the model, the order, the methods, and the experiment (its permutations).
         parameters: of the experiment, see `build_experiment`.
-        options: fields of [`DASConfig`] over [`DEFAULTS`] and [`NEEDS`].
+        options: fields of [`DASConfig`] over [`DEFAULTS`] and [`Method.needs`].
         schedule: task after task (`"sequential"`), or all together, `"alternating"` or `"interleaved"`.
         epochs: passes over each task; the experiment's own if `None`.
         split: what is measured after every epoch, `"test"` or (for a search) `"development"`.
@@ -150,7 +130,7 @@ class Run:
                     "per_device_train_batch_size": experiment.batch_size,
                     "memory_size": max(1, len(experiment.tasks[0].train) // 10),
                     **DEFAULTS,
-                    **{key: value for name in methods for key, value in NEEDS.get(name, {}).items()},
+                    **{key: value for name in methods for key, value in METHODS[name].needs.items()},
                     **self.options,
                 },
             )
@@ -367,7 +347,7 @@ def grid(method: str, options: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The grid points of a method, or of a combination, without what the options already settle."""
     knobs: dict[str, tuple[Any, ...]] = {}
     for name in method.split("+"):
-        key, values = GRIDS.get(name, ("", ()))
+        key, values = METHODS[name].search_grid or ("", ())
         if values and key not in options:
             knobs.setdefault(key, values)
     return [dict(zip(knobs, values, strict=True)) for values in itertools.product(*knobs.values())] if knobs else []
@@ -418,7 +398,7 @@ def benchmark(
         parameters: of the experiment, see `build_experiment`.
         schedule: `"sequential"`, `"alternating"` or `"interleaved"`.
         epochs: passes over each task, instead of the experiment's own.
-        search: choose each method's main knob by [`GRIDS`]; otherwise it has the default of [`DASConfig`].
+        search: choose each method's main knob by its `search_grid`; otherwise it has the default of [`DASConfig`].
         search_seeds: of the search; never those of the reported runs.
         chosen_from: directory of another benchmark, such as one on smaller images, whose choices are taken instead of
             a search.
@@ -571,7 +551,7 @@ def checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _checked_methods(methods: Sequence[str] | None, schedule: str) -> list[str]:
     if methods is None:
-        usable = [name for name in METHODS if name not in LANGUAGE_MODELS_ONLY]
+        usable = [name for name, kind in METHODS.items() if not kind.language_models_only]
         return [name for name in usable if schedule == "sequential" or not METHODS[name].needs_domain_ends]
     if not methods:
         raise UserError("method: is empty; for training without a method write naive")
@@ -581,7 +561,7 @@ def _checked_methods(methods: Sequence[str] | None, schedule: str) -> list[str]:
         for name in names:
             if name not in METHODS:
                 raise UserError(f"method: there is no method '{name}'.{did_you_mean(name, METHODS)}")
-            if name in LANGUAGE_MODELS_ONLY:
+            if METHODS[name].language_models_only:
                 raise UserError(f"method: '{name}' acts on language models, not on small ones; leave it out")
             if schedule != "sequential" and METHODS[name].needs_domain_ends:
                 raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ OPTIONS = RECIPE_OPTIONS | {
     "print_recipe": option("Print the recipe with all that is given here, and stop.", bool),
 }
 #: Files of `das_lm.methods` that methods share.
-SHARED = ("__init__", "base", "memory", "penalty", "per_example", "teacher")
+SHARED = ("__init__", "arguments", "base", "memory", "penalty", "per_example", "teacher")
 
 
 def pretrain(arguments: list[str]) -> None:
@@ -85,7 +86,9 @@ def recipe_name(options: dict[str, Any]) -> str:
 
 
 def describe_methods() -> dict[str, str]:
-    """Name of every method -> the first line of its file, which is read and not imported: that would take seconds."""
+    """Name of every method -> the first line of its file, which is read and not imported: that would take seconds. Of
+    the method that a package brings, its name."""
+    others = {one.name: f"Of the package {one.dist.name}." for one in entry_points(group="das_lm.methods") if one.dist}
     files = sorted(Path(__file__).parents[1].joinpath("methods").glob("*.py"))
     docstrings = {path.stem: ast.get_docstring(ast.parse(path.read_text("utf-8"))) for path in files}
-    return {name: str(text).partition("\n")[0] for name, text in docstrings.items() if name not in SHARED}
+    return others | {name: str(text).partition("\n")[0] for name, text in docstrings.items() if name not in SHARED}

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from das_lm.methods.arguments import MemoryArguments
 from das_lm.methods.memory import Reservoir
 from das_lm.methods.replay import Replay
 from das_lm.randomness import permutation
@@ -29,7 +30,8 @@ class AGEM(Replay):
 
     works_sharded = False
     mixes = False
-    options = ("memory_size",)
+    arguments = MemoryArguments
+    search_grid = None
     order = 1
 
     @torch.no_grad()

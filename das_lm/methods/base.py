@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +15,7 @@ from torch import nn
 
 from das_lm.errors import UserError, as_user_error
 from das_lm.files import write_tensors
+from das_lm.methods.arguments import Arguments
 from das_lm.units.sharding import is_sharded, local, named_parameters, own_slice, whole
 
 if TYPE_CHECKING:
@@ -19,9 +23,6 @@ if TYPE_CHECKING:
 
 
 Tensors = dict[str, torch.Tensor]  # name of a parameter -> tensor of its shape
-
-#: Options of what is measured by `trainer.importance_batches`.
-MEASURING = ("importance_samples", "importance_batch_size")
 
 
 class Method:
@@ -61,8 +62,24 @@ class Method:
     holds_training_text = False
     #: Whether it acts in the first domain, for the sake of the base model, or only once a domain has ended.
     protects_base = False
-    #: The fields of `DASConfig` that it reads, beside those that all training does.
-    options: tuple[str, ...] = ()
+    #: Whether it needs text, and so learns no classic tasks.
+    language_models_only = False
+    #: Its arguments, a dataclass of fields by [`knob`]: all that it reads, beside what all training does.
+    arguments: type = Arguments
+    #: Its one main argument, and what a search tries of it; on classic tasks, for MLPs of their size.
+    search_grid: tuple[str, tuple] | None = None
+    #: Training arguments that it cannot do without, and values that do for small models.
+    needs: Mapping[str, Any] = MappingProxyType({})
+    #: In recipes and on the command line; the class's own name, in small letters, if there is none.
+    name = "method"
+
+    def __init_subclass__(cls) -> None:
+        cls.name = vars(cls).get("name", cls.__name__.lower())
+
+    @classmethod
+    def options(cls) -> tuple[str, ...]:
+        """Return the names of its arguments."""
+        return tuple(one.name for one in fields(cls.arguments))
 
     _in_slices = False  # whether what is kept is slices, or whole, as it was in a file
 

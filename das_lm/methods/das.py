@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import logging
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Interval
 from torch import nn
 
 from das_lm.data.masking import IGNORED
 from das_lm.errors import UserError
-from das_lm.methods.base import MEASURING, Method
+from das_lm.methods.arguments import Measuring, NotNegative, SoftMasking, Temperature, knob
+from das_lm.methods.base import Method
 from das_lm.model.objective import Output, has_active_dropout, run_language_model
 from das_lm.randomness import addressed_seed
 from das_lm.units.contrast import contrastive_loss, mean_pool
 from das_lm.units.gates import gated
-from das_lm.units.importance import FILE_NAME, Importance, measure_importance
+from das_lm.units.importance import FILE_NAME, Accumulation, Importance, Normalization, measure_importance
 from das_lm.units.soft_mask import SoftMask, check_adapter, check_optimizer
 
 if TYPE_CHECKING:
@@ -26,7 +29,52 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+UNIT_KINDS = ("head", "intermediate", "output")
 PROXY_EPOCH, GRADIENT_EPOCH = -1, -2  # addresses of the blocks that the two importance passes read
+
+
+@dataclass
+class DASArguments(SoftMasking, Measuring):
+    importance: str = knob(
+        "auto",
+        "Where the importance of what the model already knows comes from: 'auto' takes importance.safetensors beside "
+        "the model's weights and else computes the proxy; 'proxy' always computes it; any other value is a path to an "
+        "importance file or to a directory that holds one.",
+    )
+    importance_normalization: Normalization = knob(
+        "paper",
+        "How the raw importance of one layer and kind becomes a mask in [0, 1]: 'paper' is |tanh(z)| of the "
+        "standardised values (equation 4), which also protects the least important units; 'rank' and 'positive' "
+        "(max(0, tanh z)) keep the order of its absolute values.",
+    )
+    importance_accumulation: Accumulation = knob(
+        "absolute", "'absolute' averages |∂L/∂g| per example (equation 3); 'signed' ∂L/∂g, as the authors' code."
+    )
+    proxy: Literal["hidden", "logits"] = knob(
+        "hidden",
+        "What the proxy KL before the first domain compares between two dropout draws: the last hidden state "
+        "(equation 5), or the masked-token distributions.",
+    )
+    gate_dropout: Annotated[float, Interval(ge=0, le=0.9)] = knob(
+        0.1,
+        "Share of units dropped through the gates, where a model without active dropout needs two different views.",
+    )
+    soft_mask_units: list[str] = knob([*UNIT_KINDS], f"The kinds of units that are masked: {' '.join(UNIT_KINDS)}.")
+    contrast_weight: NotNegative = knob(
+        1.0, "λ of the contrastive loss (equation 9); 0 leaves the loss and its views out."
+    )
+    contrast_temperature: Temperature = knob(0.05, "τ of the contrastive loss (equation 8).")
+    contrast_prior_gradient: bool = knob(
+        True,
+        "Whether gradient flows through the view of the prior knowledge, as in the authors' code. Without, that view "
+        "costs a third.",
+    )
+
+    def check(self) -> None:
+        """Raise `ValueError` for kinds of units that there are not."""
+        unknown = sorted(set(self.soft_mask_units) - set(UNIT_KINDS))
+        if unknown:
+            raise ValueError(f"soft_mask_units: '{unknown[0]}' is none of {', '.join(UNIT_KINDS)}")
 
 
 class DAS(Method):
@@ -40,20 +88,8 @@ class DAS(Method):
 
     needs_domain_ends = True
     protects_base = True
-    options = (
-        "importance",
-        *MEASURING,
-        "importance_normalization",
-        "importance_accumulation",
-        "proxy",
-        "gate_dropout",
-        "soft_mask_target",
-        "soft_mask_units",
-        "soft_mask_strength",
-        "contrast_weight",
-        "contrast_temperature",
-        "contrast_prior_gradient",
-    )
+    arguments = DASArguments
+    language_models_only = True
 
     def __init__(self):
         self.importance: Importance | None = None

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
+from das_lm.methods.arguments import Arguments, Share, knob
 from das_lm.methods.base import Method, Tensors
+
+
+@dataclass
+class EMAArguments(Arguments):
+    ema_decay: Share = knob(0.999, "Decay per step of the moving average of the weights that ema ends a domain with.")
 
 
 class EMA(Method):
@@ -17,7 +25,8 @@ class EMA(Method):
 
     needs_domain_ends = True
     protects_base = True
-    options = ("ema_decay",)
+    arguments = EMAArguments
+    search_grid = ("ema_decay", (0.9, 0.99, 0.997, 0.999))
     order = 1
     kept = ("average",)
 

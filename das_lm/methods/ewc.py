@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from das_lm.methods.base import MEASURING
-from das_lm.methods.penalty import Penalty, Tensors
+from das_lm.methods.arguments import FisherArguments, Measuring, Share, knob
+from das_lm.methods.penalty import Penalty, PenaltyArguments, Tensors
 from das_lm.methods.per_example import PerExample
 from das_lm.model.objective import Output
 from das_lm.units.sharding import in_step
@@ -17,6 +18,16 @@ if TYPE_CHECKING:
     from das_lm.training.trainer import ContinualTrainer
 
 FISHER_EPOCH = -3  # address of the rows that the Fisher is measured on
+
+
+@dataclass
+class EWCArguments(PenaltyArguments, FisherArguments, Measuring):
+    ewc_mode: Literal["separate", "online"] = knob(
+        "separate",
+        "'separate' keeps one penalty per domain (Kirkpatrick et al., 1612.00796), 'online' one anchor and a decaying "
+        "sum of Fishers (Schwarz et al., 1805.06370).",
+    )
+    ewc_decay: Share = knob(0.95, "γ of online EWC: F ← γ F + F_new.")
 
 
 class EWC(Penalty):
@@ -32,7 +43,8 @@ class EWC(Penalty):
     measured the largest single parameter, whole, for each process.
     """
 
-    options = (*Penalty.options, "fisher", "ewc_mode", "ewc_decay", *MEASURING)
+    arguments = EWCArguments
+    search_grid = ("penalty_weight", (1.0, 10.0, 100.0, 1e3, 1e4))
 
     def measure(self) -> Tensors:
         trainer = self.trainer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,11 +11,19 @@ from scipy.optimize import nnls
 
 from das_lm.errors import UserError
 from das_lm.methods.agem import AGEM, add_to_gradient, gradient, memory_gradient
+from das_lm.methods.arguments import MemoryArguments, NotNegative, knob
 from das_lm.methods.base import Method
 from das_lm.methods.memory import Reservoir
 
 if TYPE_CHECKING:
     from das_lm.training.trainer import ContinualTrainer
+
+
+@dataclass
+class GEMArguments(MemoryArguments):
+    gem_margin: NotNegative = knob(
+        0.0, "Least value of every multiplier in GEM's projection (Lopez-Paz and Ranzato, 1706.08840, section 3)."
+    )
 
 
 class GEM(Method):
@@ -33,7 +42,8 @@ class GEM(Method):
     needs_domain_ends = True
     holds_training_text = True
     works_sharded = False
-    options = ("memory_size", "gem_margin")
+    arguments = GEMArguments
+    search_grid = ("gem_margin", (0.0, 0.5, 1.0, 2.0))
     order = 1
 
     def __init__(self):

@@ -3,17 +3,45 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from das_lm.errors import UserError
+from das_lm.methods.arguments import Arguments, knob
 from das_lm.methods.base import Method, Tensors
 from das_lm.units.soft_mask import check_fresh
 
 logger = logging.getLogger(__name__)
 
 GRID = [step / 10 for step in range(11)]  # of `interpolation_alpha="auto"`
+
+
+@dataclass
+class InterpolateArguments(Arguments):
+    interpolation_alpha: str = knob(
+        "0.5",
+        "α of θ ← α θ_new + (1 - α) θ_old after a domain (WiSE-FT, 2109.01903), in [0, 1]; 'auto' chooses it on one "
+        "half of the held-out documents of the domains learned so far; the other half is what is reported.",
+    )
+    interpolation_domains: list[str] = knob(
+        [],
+        "Further domains, such as one of measure, on which 'auto' chooses too. Without one, nothing speaks for the "
+        "base model in the first domain.",
+    )
+
+    def check(self) -> None:
+        """Raises `ValueError` for what is no α."""
+        if self.interpolation_alpha != "auto":
+            try:
+                inside = 0 <= float(self.interpolation_alpha) <= 1
+            except ValueError:
+                inside = False
+            if not inside:
+                raise ValueError(
+                    f"interpolation_alpha: '{self.interpolation_alpha}' is neither a number in [0, 1] nor 'auto'"
+                )
 
 
 class Interpolate(Method):
@@ -30,7 +58,8 @@ class Interpolate(Method):
 
     needs_domain_ends = True
     protects_base = True
-    options = ("interpolation_alpha", "interpolation_domains")
+    arguments = InterpolateArguments
+    search_grid = ("interpolation_alpha", ("0.3", "0.5", "0.7", "0.9"))
     order = 2
     kept = ("old",)
 

@@ -8,6 +8,8 @@ from das_lm.methods.penalty import Penalty, Tensors
 class L2(Penalty):
     """The baseline of Kirkpatrick et al. (arXiv 1612.00796): Ω = 1, θ* the parameters after the last domain."""
 
+    search_grid = ("penalty_weight", (1e-3, 1e-2, 1e-1, 1.0, 10.0))
+
     def measure(self) -> Tensors:
         return {name: torch.ones_like(value) for name, value in self.values().items()}
 

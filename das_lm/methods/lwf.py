@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from das_lm.methods.arguments import Arguments, NotNegative, Temperature, knob
 from das_lm.methods.base import Method
 from das_lm.methods.teacher import Teacher
 from das_lm.model.objective import Output
 
 if TYPE_CHECKING:
     from das_lm.training.trainer import ContinualTrainer
+
+
+@dataclass
+class LwFArguments(Arguments):
+    lwf_weight: NotNegative = knob(
+        0.5, "Weight of the distillation from the model before the domain (Li and Hoiem, 1606.09282)."
+    )
+    lwf_temperature: Temperature = knob(2.0, "Temperature of both distributions of that loss.")
 
 
 class LwF(Method):
@@ -30,7 +40,8 @@ class LwF(Method):
     needs_domain_ends = True
     works_sharded = False
     protects_base = True
-    options = ("lwf_weight", "lwf_temperature")
+    arguments = LwFArguments
+    search_grid = ("lwf_weight", (0.1, 0.3, 1.0, 3.0, 10.0))
 
     def __init__(self):
         self.teacher: Teacher | None = None

@@ -1,11 +1,20 @@
 """MAS: what changes the output is important, whatever the labels (Aljundi et al., arXiv 1711.09601)."""
 
+from __future__ import annotations
+
+from dataclasses import dataclass
+
 import torch
 
-from das_lm.methods.base import MEASURING
+from das_lm.methods.arguments import Measuring
 from das_lm.methods.ewc import FISHER_EPOCH, per_row_mean
-from das_lm.methods.penalty import Penalty, Tensors
+from das_lm.methods.penalty import Penalty, PenaltyArguments, Tensors
 from das_lm.model.objective import Output
+
+
+@dataclass
+class MASArguments(PenaltyArguments, Measuring):
+    pass
 
 
 class MAS(Penalty):
@@ -16,7 +25,8 @@ class MAS(Penalty):
     Memory: two copies of the trainable parameters.
     """
 
-    options = (*Penalty.options, *MEASURING)
+    arguments = MASArguments
+    search_grid = ("penalty_weight", (1e-3, 1e-2, 1e-1, 1.0, 10.0))
 
     def measure(self) -> Tensors:
         trainer = self.trainer

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -11,7 +12,8 @@ from torch.autograd.graph import get_gradient_edge
 
 from das_lm.data.masking import IGNORED
 from das_lm.errors import UserError
-from das_lm.methods.base import MEASURING, Method, Tensors
+from das_lm.methods.arguments import FisherArguments, Measuring, Positive, knob
+from das_lm.methods.base import Method, Tensors
 from das_lm.methods.ewc import FISHER_EPOCH, fisher, sampled_targets
 
 if TYPE_CHECKING:
@@ -19,6 +21,13 @@ if TYPE_CHECKING:
 
 CHANGE_A_STEP = ("change_gradient", "before_step", "mask_step")  # moments of a method
 COUNTED_ROWS = 100  # from which the predictions of a domain of text are estimated
+
+
+@dataclass
+class NCLArguments(FisherArguments, Measuring):
+    ncl_curvature: Literal["diagonal", "kronecker"] = knob("diagonal", "Form of the precision of ncl.")
+    ncl_prior: Positive = knob(1.0, "Precision of the prior before the first domain, Λ₀ = ncl_prior · I.")
+    ncl_radius: Positive = knob(1.0, "Radius r of the trust region √(½ δᵀΛδ) ≤ r of a step.")
 
 
 class NCL(Method):
@@ -43,7 +52,9 @@ class NCL(Method):
     works_with_adapters = False
     works_sharded = False
     protects_base = True
-    options = ("ncl_curvature", "ncl_prior", "ncl_radius", "fisher", *MEASURING)
+    arguments = NCLArguments
+    search_grid = ("ncl_radius", (0.03, 0.1, 0.3, 1.0, 3.0, 10.0))
+    needs = {"optim": "sgd", "learning_rate": 0.1}  # it makes the step itself
     kept = ("mean", "precision")
 
     def __init__(self):

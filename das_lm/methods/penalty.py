@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from das_lm.errors import UserError
+from das_lm.methods.arguments import Arguments, NotNegative, knob
 from das_lm.methods.base import Method, Tensors
 from das_lm.units.sharding import over_slices
+
+
+@dataclass
+class PenaltyArguments(Arguments):
+    penalty_weight: NotNegative = knob(
+        1.0,
+        "λ of the penalty (λ/2) Σ Ω (θ - θ*)² of l2, ewc, mas, si, rwalk, scp. Of a published λ of MAS, SI or RWalk, "
+        "whose papers leave out the ½, write twice the value. 0 is naive.",
+    )
 
 
 class Penalty(Method):
@@ -23,7 +34,7 @@ class Penalty(Method):
 
     needs_domain_ends = True
     works_with_adapters = False
-    options = ("penalty_weight",)
+    arguments = PenaltyArguments
     kept = ("importance", "anchor")
 
     def __init__(self):

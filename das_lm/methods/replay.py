@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from das_lm.errors import UserError
+from das_lm.methods.arguments import MemoryArguments, Share, knob
 from das_lm.methods.base import Method
 from das_lm.methods.memory import Reservoir
+
+
+@dataclass
+class ReplayArguments(MemoryArguments):
+    replay_ratio: Share = knob(
+        0.05, "Share of the training rows that come from the memory (replay, self_replay; of both, each takes it)."
+    )
 
 
 class Replay(Method):
@@ -20,7 +30,8 @@ class Replay(Method):
 
     needs_domain_ends = True
     holds_training_text = True
-    options = ("memory_size", "replay_ratio")
+    arguments = ReplayArguments
+    search_grid = ("replay_ratio", (0.1, 0.25, 0.5, 0.75))
     #: Whether the memory is trained on.
     mixes = True
 

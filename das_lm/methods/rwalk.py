@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from das_lm.methods.arguments import Batches, Count, FisherArguments, Share, knob
 from das_lm.methods.ewc import FISHER_EPOCH, fisher
-from das_lm.methods.penalty import Tensors
+from das_lm.methods.penalty import PenaltyArguments, Tensors
 from das_lm.methods.si import PathIntegral
 from das_lm.units.sharding import over_slices
+
+
+@dataclass
+class RWalkArguments(PenaltyArguments, FisherArguments, Batches):
+    rwalk_decay: Share = knob(
+        0.9, "Share of the old value in the moving average of the Fisher (Chaudhry et al., 1801.10112, equation 7)."
+    )
+    rwalk_interval: Count = knob(10, "Steps between two updates of that Fisher and of the path score.")
 
 
 class RWalk(PathIntegral):
@@ -27,7 +37,8 @@ class RWalk(PathIntegral):
     the old score, and during a step the gradient and the parameters before it.
     """
 
-    options = (*PathIntegral.options, "fisher", "rwalk_decay", "rwalk_interval", "importance_batch_size")
+    arguments = RWalkArguments
+    search_grid = ("penalty_weight", (1e-1, 1.0, 10.0, 100.0, 1e3))
     kept = (*PathIntegral.kept, "fisher", "score", "old_score", "start")
     EPSILON = 1e-3
 

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
-from das_lm.methods.base import MEASURING
+from das_lm.methods.arguments import Count, Measuring, knob
 from das_lm.methods.ewc import FISHER_EPOCH
-from das_lm.methods.penalty import Penalty, Tensors
+from das_lm.methods.penalty import Penalty, PenaltyArguments, Tensors
+
+
+@dataclass
+class SCPArguments(PenaltyArguments, Measuring):
+    scp_projections: Count = knob(100, "Random directions per batch from which SCP estimates its sketch.")
 
 
 class SCP(Penalty):
@@ -19,7 +26,8 @@ class SCP(Penalty):
     """
 
     works_sharded = False
-    options = (*Penalty.options, "scp_projections", *MEASURING)
+    arguments = SCPArguments
+    search_grid = ("penalty_weight", (1e-1, 1.0, 10.0, 100.0, 1e3))
     MAX_ELEMENTS = 50_000_000
 
     def measure(self) -> Tensors:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,8 @@ from tqdm.auto import tqdm
 from das_lm.data.masking import IGNORED
 from das_lm.data.packing import special_tokens, start_token
 from das_lm.errors import UserError
-from das_lm.methods.replay import Replay
+from das_lm.methods.arguments import Batches, Count, knob
+from das_lm.methods.replay import Replay, ReplayArguments
 from das_lm.methods.teacher import Teacher
 from das_lm.model.objective import Output
 
@@ -20,6 +22,14 @@ if TYPE_CHECKING:
     from das_lm.training.trainer import ContinualTrainer
 
 GROUPS = 7  # of a block's tokens, drawn anew one after the other: about as much is masked at a time as in training
+
+
+@dataclass
+class SelfReplayArguments(ReplayArguments, Batches):
+    self_replay_target: Literal["tokens", "distributions"] = knob(
+        "tokens", "What the base model's text teaches: its tokens, or the base model's output distributions."
+    )
+    self_replay_sweeps: Count = knob(8, "Gibbs sweeps over each block that the base model writes.")
 
 
 class SelfReplay(Replay):
@@ -36,7 +46,10 @@ class SelfReplay(Replay):
 
     needs_domain_ends = False
     protects_base = True
-    options = (*Replay.options, "self_replay_target", "self_replay_sweeps", "importance_batch_size")
+    arguments = SelfReplayArguments
+    search_grid = None
+    language_models_only = True
+    name = "self_replay"
     holds_training_text = False
 
     def __init__(self):

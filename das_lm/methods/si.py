@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
-from das_lm.methods.penalty import Penalty, Tensors
+from das_lm.methods.arguments import Positive, knob
+from das_lm.methods.penalty import Penalty, PenaltyArguments, Tensors
 
 
 class PathIntegral(Penalty):
@@ -39,6 +42,11 @@ class PathIntegral(Penalty):
         self._gradient, self._before = {}, {}
 
 
+@dataclass
+class SIArguments(PenaltyArguments):
+    si_damping: Positive = knob(0.1, "ξ of SI (Zenke et al., 1703.04200, equation 5).")
+
+
 class SI(PathIntegral):
     """
     Synaptic intelligence: the path integral ω (equation 4) becomes Ω += max(0, ω) / ((Δθ_domain)² + ξ) (equation 5).
@@ -48,7 +56,8 @@ class SI(PathIntegral):
     gradient and the parameters before it.
     """
 
-    options = (*PathIntegral.options, "si_damping")
+    arguments = SIArguments
+    search_grid = ("penalty_weight", (1.0, 10.0, 100.0, 1e3, 1e4))
     kept = (*PathIntegral.kept, "start")
 
     def __init__(self):

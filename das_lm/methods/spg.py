@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from das_lm.methods.base import MEASURING, Method, Tensors
+from das_lm.methods.arguments import Measuring, SoftMasking
+from das_lm.methods.base import Method, Tensors
 from das_lm.methods.das import GRADIENT_EPOCH
 from das_lm.units.importance import normalize
 from das_lm.units.soft_mask import ParameterMask, check_optimizer
 
 if TYPE_CHECKING:
     from das_lm.training.trainer import ContinualTrainer
+
+
+@dataclass
+class SPGArguments(SoftMasking, Measuring):
+    pass
 
 
 class SPG(Method):
@@ -33,7 +40,8 @@ class SPG(Method):
     needs_domain_ends = True
     works_with_adapters = False
     works_sharded = False
-    options = ("soft_mask_target", "soft_mask_strength", *MEASURING)
+    arguments = SPGArguments
+    search_grid = ("soft_mask_strength", (0.25, 0.5, 0.75, 1.0))
     kept = ("importance",)
 
     def __init__(self):

@@ -1,15 +1,18 @@
-"""Every knob of a continual pre-training run, grouped and documented with its source."""
+"""The arguments of a run: those of the Trainer, of text, and of the methods, which declare their own."""
 
 from __future__ import annotations
 
 import json
 import os
+import typing
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from annotated_types import Interval
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainingArguments, get_scheduler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
@@ -18,29 +21,11 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.utils import is_liger_kernel_available
 
 from das_lm.errors import UserError, did_you_mean
-from das_lm.units.importance import ACCUMULATIONS, NORMALIZATIONS
+from das_lm.methods import METHODS
+from das_lm.methods.arguments import LARGEST, NotNegative, bounds_of, choices_of, knob
 
-PROXIES = ("hidden", "logits")
-SOFT_MASK_TARGETS = ("update", "gradient")
-UNIT_KINDS = ("head", "intermediate", "output")
-FISHERS = ("true", "empirical")
-EWC_MODES = ("separate", "online")
-SELF_REPLAY_TARGETS = ("tokens", "distributions")
-NCL_CURVATURES = ("diagonal", "kronecker")
-
-CHOICES = {
-    "importance_normalization": NORMALIZATIONS,
-    "importance_accumulation": ACCUMULATIONS,
-    "proxy": PROXIES,
-    "soft_mask_target": SOFT_MASK_TARGETS,
-    "fisher": FISHERS,
-    "ewc_mode": EWC_MODES,
-    "self_replay_target": SELF_REPLAY_TARGETS,
-    "ncl_curvature": NCL_CURVATURES,
-}
-LARGEST = 2**32 - 1
-#: Least and largest value of every number, those of TrainingArguments first. Below 1 there is room for 1 - 1e-6.
-BOUNDS = {
+#: Least and largest value of the numbers of TrainingArguments. Below 1 there is room for 1 - 1e-6.
+OF_TRAINING: dict[str, tuple[float, float | None]] = {
     "per_device_train_batch_size": (1, LARGEST),
     "per_device_eval_batch_size": (1, LARGEST),
     "gradient_accumulation_steps": (1, LARGEST),
@@ -68,233 +53,55 @@ BOUNDS = {
     "dataloader_prefetch_factor": (1, 1024),
     "ddp_bucket_cap_mb": (1, LARGEST),
     "ddp_timeout": (1, 2**31 - 1),
-    "max_length": (8, LARGEST),
-    "mlm_probability": (0.01, 1),
-    "importance_samples": (1, LARGEST),
-    "importance_batch_size": (1, LARGEST),
-    "gate_dropout": (0, 0.9),
-    "soft_mask_strength": (0, 1),
-    "non_unit_lr_scale": (0, None),
-    "contrast_weight": (0, None),
-    "contrast_temperature": (1e-4, None),
-    "penalty_weight": (0, None),
-    "ewc_decay": (0, 1),
-    "si_damping": (1e-12, None),
-    "rwalk_decay": (0, 1),
-    "rwalk_interval": (1, LARGEST),
-    "scp_projections": (1, LARGEST),
-    "memory_size": (1, LARGEST),
-    "replay_ratio": (0, 1),
-    "self_replay_sweeps": (1, LARGEST),
-    "lwf_weight": (0, None),
-    "lwf_temperature": (1e-4, None),
-    "ema_decay": (0, 1),
-    "gem_margin": (0, None),
-    "ncl_prior": (1e-12, None),
-    "ncl_radius": (1e-12, None),
 }
 #: Optimizers that step inside of the backward pass, where no mask and no method comes between.
 FUSED_WITH_BACKWARD = ("lomo", "layerwise")
 
 
+def _arguments_of_methods() -> type:
+    """All that [`Method.arguments`] declare, as one dataclass: what several methods read is there once."""
+    found: dict[str, tuple] = {}
+    for kind in METHODS.values():
+        hints = typing.get_type_hints(kind.arguments, include_extras=True)
+        for one in fields(kind.arguments):
+            again = field(default=one.default, default_factory=one.default_factory, metadata=one.metadata)
+            earlier = found.setdefault(one.name, (one.name, hints[one.name], again))
+            if earlier[1:] != (hints[one.name], earlier[2]) or earlier[2].default != one.default:
+                raise TypeError(f"method '{kind.name}': there is another argument '{one.name}' already; rename it")
+    return make_dataclass("MethodArguments", found.values())
+
+
 @dataclass
-class DASConfig(TrainingArguments):
-    r"""
-    Arguments of [`DASTrainer`]: those of [`~transformers.TrainingArguments`], and these.
+class ContinualConfig(_arguments_of_methods(), TrainingArguments):
+    """
+    Arguments of a [`ContinualTrainer`]: those of [`~transformers.TrainingArguments`], these, and those that the
+    methods declare, each in its file in `das_lm/methods`.
 
-    Parameters:
-        > Text
-
-        max_length (`int`, *optional*, defaults to `128`):
-            Tokens per packed training block and per window of a held-out document, special tokens included.
-        separate_documents (`bool`, *optional*, defaults to `True`):
-            Of a causal model: in a packed block no token attends to another document, and positions begin anew.
-        mlm_probability (`float`, *optional*, defaults to `0.15`):
-            Share of tokens that masked language modeling predicts (80 % become the mask token, 10 % a random token).
-        chunked_cross_entropy (`bool`, *optional*, defaults to `False`):
-            Compute the logits of a training step and their loss a chunk at a time, forward and backward (torch's
-            `linear_cross_entropy`, from 2.13 on): predictions × vocabulary is never in memory. For causal models with
-            a large vocabulary; costs computing the logits twice.
-
-        > Importance (DAS, arXiv 2302.03241, section 3.1)
-
-        importance (`str`, *optional*, defaults to `"auto"`):
-            Where the importance of what the model already knows comes from: `"auto"` takes `importance.safetensors`
-            beside the model's weights and else computes the proxy; `"proxy"` always computes it; any other value is a
-            path to an importance file or to a directory that holds one.
-        importance_samples (`int`, *optional*, defaults to `1000`):
-            Blocks of the domain that each importance pass reads, over all processes.
-        importance_batch_size (`int`, *optional*):
-            Blocks per process and batch of an importance pass. Defaults to `per_device_train_batch_size`.
-        importance_normalization (`str`, *optional*, defaults to `"paper"`):
-            How the raw importance of one layer and kind becomes a mask in [0, 1]: `"paper"` is |tanh(z)| of the
-            standardised values (equation 4), which also protects the *least* important units; `"rank"` and
-            `"positive"` (max(0, tanh z)) keep the order of its absolute values.
-        importance_accumulation (`str`, *optional*, defaults to `"absolute"`):
-            `"absolute"` averages |∂L/∂g| per example (equation 3); `"signed"` averages ∂L/∂g, as the authors' code.
-        proxy (`str`, *optional*, defaults to `"hidden"`):
-            What the proxy KL before the first domain compares between two dropout draws: `"hidden"`, the last hidden
-            state (equation 5), or `"logits"`, the masked-token distributions.
-        gate_dropout (`float`, *optional*, defaults to `0.1`):
-            Share of units dropped through the gates, where a model without active dropout needs two different views.
-
-        > Soft-masking (section 3.2)
-
-        soft_mask_target (`str`, *optional*, defaults to `"update"`):
-            `"gradient"` multiplies the gradients by 1 − importance (equation 6, exact for SGD); `"update"` scales the
-            step that the optimizer took, which also holds for Adam, whose normalisation cancels a constant factor.
-        soft_mask_units (`list[str]`, *optional*, defaults to all of `head`, `intermediate`, `output`):
-            The kinds of units that are masked.
-        soft_mask_strength (`float`, *optional*, defaults to `1.0`):
-            The mask is 1 − strength × importance; 0 switches soft-masking off.
-        non_unit_lr_scale (`float`, *optional*, defaults to `1.0`):
-            Learning-rate factor of what is no unit (embeddings, norms, LM head) and so is not masked; 0 freezes it.
-
-        > Contrastive integration (section 3.3)
-
-        contrast_weight (`float`, *optional*, defaults to `1.0`):
-            λ of the contrastive loss (equation 9); 0 leaves the loss and its views out.
-        contrast_temperature (`float`, *optional*, defaults to `0.05`):
-            τ of the contrastive loss (equation 8).
-        contrast_prior_gradient (`bool`, *optional*, defaults to `True`):
-            Whether gradient flows through the view of the prior knowledge, as in the authors' code. Without, that view
-            costs a third.
-
-        > Penalties: loss + (λ/2) Σ Ω (θ − θ*)² (`l2`, `ewc`, `mas`, `si`, `rwalk`, `scp`)
-
-        penalty_weight (`float`, *optional*, defaults to `1.0`):
-            λ. Of a published λ of MAS, SI or RWalk, whose papers leave out the ½, write twice the value. 0 is `naive`.
-        fisher (`str`, *optional*, defaults to `"true"`):
-            Labels of the diagonal Fisher of `ewc` and `rwalk`: `"true"` samples them from the model, `"empirical"`
-            takes those of the data.
-        ewc_mode (`str`, *optional*, defaults to `"separate"`):
-            `"separate"` keeps one penalty per domain (Kirkpatrick et al., 1612.00796), `"online"` one anchor and a
-            decaying sum of Fishers (Schwarz et al., 1805.06370).
-        ewc_decay (`float`, *optional*, defaults to `0.95`):
-            γ of online EWC: F ← γ F + F_new.
-        si_damping (`float`, *optional*, defaults to `0.1`):
-            ξ of SI (Zenke et al., 1703.04200, equation 5).
-        rwalk_decay (`float`, *optional*, defaults to `0.9`):
-            Share of the old value in RWalk's moving average of the Fisher (Chaudhry et al., 1801.10112, equation 7).
-        rwalk_interval (`int`, *optional*, defaults to `10`):
-            Steps between two updates of that Fisher and of the path score.
-        scp_projections (`int`, *optional*, defaults to `100`):
-            Random directions per batch from which SCP estimates its sketch.
-
-        > Replay, distillation, weights
-
-        memory_size (`int`, *optional*, defaults to `512`):
-            Rows (blocks of text) that `replay`, `agem`, `gem` keep, and that `self_replay` writes.
-        replay_ratio (`float`, *optional*, defaults to `0.05`):
-            Share of the training rows that come from the memory (`replay`, `self_replay`; of both, each takes it).
-        self_replay_target (`str`, *optional*, defaults to `"tokens"`):
-            What the base model's text teaches: its `"tokens"`, or the base model's output `"distributions"`.
-        self_replay_sweeps (`int`, *optional*, defaults to `8`):
-            Gibbs sweeps over each block that the base model writes.
-        lwf_weight (`float`, *optional*, defaults to `0.5`):
-            Weight of the distillation from the model before the domain (`lwf`, Li and Hoiem, 1606.09282).
-        lwf_temperature (`float`, *optional*, defaults to `2.0`):
-            Temperature of both distributions of that loss.
-        interpolation_alpha (`str`, *optional*, defaults to `"0.5"`):
-            α of θ ← α θ_new + (1 − α) θ_old after a domain (`interpolate`; WiSE-FT, 2109.01903), in [0, 1]; `"auto"`
-            chooses it on one half of the held-out documents of the domains learned so far; the other half is what is
-            reported.
-        interpolation_domains (`list[str]`, *optional*):
-            Further domains, such as one of `measure`, on which `"auto"` chooses too. Without one, nothing speaks for
-            the base model in the first domain.
-        ema_decay (`float`, *optional*, defaults to `0.999`):
-            Decay per step of the moving average of the weights that `ema` ends a domain with.
-
-        > Gradient geometry
-
-        gem_margin (`float`, *optional*, defaults to `0.0`):
-            Least value of every multiplier in GEM's projection (Lopez-Paz and Ranzato, 1706.08840, section 3).
-        ncl_curvature (`str`, *optional*, defaults to `"diagonal"`):
-            Form of the precision of `ncl` (Kao et al., 2106.08085): `"diagonal"` or `"kronecker"`.
-        ncl_prior (`float`, *optional*, defaults to `1.0`):
-            Precision of the prior before the first domain, Λ₀ = ncl_prior · I.
-        ncl_radius (`float`, *optional*, defaults to `1.0`):
-            Radius r of the trust region √(½ δᵀΛδ) ≤ r of a step.
+    Raises:
+        ValueError, UserError: a value is out of bounds, none of its choices, or does not go with another.
     """
 
-    max_length: int = field(default=128, metadata={"help": "Tokens per block and per window of a held-out document."})
-    separate_documents: bool = field(
-        default=True, metadata={"help": "Causal models: no token attends to another document of its packed block."}
+    max_length: Annotated[int, Interval(ge=8, le=LARGEST)] = knob(
+        128, "Tokens per packed training block and per window of a held-out document, special tokens included."
     )
-    mlm_probability: float = field(default=0.15, metadata={"help": "Share of tokens that are predicted."})
-    chunked_cross_entropy: bool = field(
-        default=False,
-        metadata={"help": "Compute logits and their loss in chunks: less memory, for large vocabularies."},
+    separate_documents: bool = knob(
+        True,
+        "Of a causal model: in a packed block no token attends to another document, and positions begin anew.",
     )
-
-    importance: str = field(default="auto", metadata={"help": "'auto', 'proxy', or a path to an importance file."})
-    importance_samples: int = field(default=1000, metadata={"help": "Blocks that each importance pass reads."})
-    importance_batch_size: int | None = field(
-        default=None,
-        metadata={"help": "Blocks per importance batch; per_device_train_batch_size if unset."},
+    mlm_probability: Annotated[float, Interval(ge=0.01, le=1)] = knob(
+        0.15,
+        "Share of tokens that masked language modeling predicts: 80 in 100 become the mask token, 10 a random one.",
     )
-    importance_normalization: str = field(
-        default="paper", metadata={"help": f"How importance becomes a mask: {', '.join(NORMALIZATIONS)}."}
+    chunked_cross_entropy: bool = knob(
+        False,
+        "Compute the logits of a training step and their loss a chunk at a time, forward and backward (torch's "
+        "linear_cross_entropy, from 2.13 on): predictions x vocabulary is never in memory. For causal models with a "
+        "large vocabulary; costs computing the logits twice.",
     )
-    importance_accumulation: str = field(
-        default="absolute",
-        metadata={"help": "Average |gradient| per example ('absolute') or gradients ('signed')."},
+    non_unit_lr_scale: NotNegative = knob(
+        1.0,
+        "Learning-rate factor of what is no unit (embeddings, norms, LM head) and so is not masked; 0 freezes it.",
     )
-    proxy: str = field(default="hidden", metadata={"help": "What the proxy KL compares: 'hidden' or 'logits'."})
-    gate_dropout: float = field(
-        default=0.1, metadata={"help": "Share of units dropped through the gates of a model without dropout."}
-    )
-
-    soft_mask_target: str = field(
-        default="update", metadata={"help": "Scale the optimizer's step ('update') or the gradient ('gradient')."}
-    )
-    soft_mask_units: list[str] = field(
-        default_factory=lambda: list(UNIT_KINDS), metadata={"help": f"Masked kinds of units: {' '.join(UNIT_KINDS)}."}
-    )
-    soft_mask_strength: float = field(default=1.0, metadata={"help": "The mask is 1 - strength x importance."})
-    non_unit_lr_scale: float = field(
-        default=1.0, metadata={"help": "Learning-rate factor of embeddings, norms and LM head; 0 freezes them."}
-    )
-
-    contrast_weight: float = field(default=1.0, metadata={"help": "Weight of the contrastive loss; 0 leaves it out."})
-    contrast_temperature: float = field(default=0.05, metadata={"help": "Temperature of the contrastive loss."})
-    contrast_prior_gradient: bool = field(
-        default=True, metadata={"help": "Let gradient flow through the view of the prior knowledge."}
-    )
-
-    penalty_weight: float = field(default=1.0, metadata={"help": "Weight λ of l2, ewc, mas, si, rwalk, scp."})
-    fisher: str = field(
-        default="true", metadata={"help": f"Labels of the Fisher of ewc, rwalk and ncl: {', '.join(FISHERS)}."}
-    )
-    ewc_mode: str = field(default="separate", metadata={"help": f"Kind of EWC: {', '.join(EWC_MODES)}."})
-    ewc_decay: float = field(default=0.95, metadata={"help": "Decay of the old Fisher in online EWC."})
-    si_damping: float = field(default=0.1, metadata={"help": "Damping ξ of SI."})
-    rwalk_decay: float = field(default=0.9, metadata={"help": "Decay of RWalk's moving average of the Fisher."})
-    rwalk_interval: int = field(default=10, metadata={"help": "Steps between updates of RWalk's Fisher and score."})
-    scp_projections: int = field(default=100, metadata={"help": "Random directions per batch of SCP's sketch."})
-
-    memory_size: int = field(default=512, metadata={"help": "Rows kept (replay, agem, gem) or written (self_replay)."})
-    replay_ratio: float = field(default=0.05, metadata={"help": "Share of training rows that are replayed."})
-    self_replay_target: str = field(
-        default="tokens", metadata={"help": f"What self_replay teaches: {', '.join(SELF_REPLAY_TARGETS)}."}
-    )
-    self_replay_sweeps: int = field(default=8, metadata={"help": "Gibbs sweeps per block that self_replay writes."})
-    lwf_weight: float = field(default=0.5, metadata={"help": "Weight of the distillation of lwf."})
-    lwf_temperature: float = field(default=2.0, metadata={"help": "Temperature of the distillation of lwf."})
-    interpolation_alpha: str = field(
-        default="0.5", metadata={"help": "Share of the new weights after a domain, or 'auto'."}
-    )
-    interpolation_domains: list[str] = field(
-        default_factory=list, metadata={"help": "Domains, learned or not, on which 'auto' chooses too."}
-    )
-    ema_decay: float = field(default=0.999, metadata={"help": "Decay per step of the averaged weights of ema."})
-
-    gem_margin: float = field(default=0.0, metadata={"help": "Least multiplier of GEM's projection."})
-    ncl_curvature: str = field(
-        default="diagonal", metadata={"help": f"Precision of ncl: {', '.join(NCL_CURVATURES)}."}
-    )
-    ncl_prior: float = field(default=1.0, metadata={"help": "Prior precision of ncl."})
-    ncl_radius: float = field(default=1.0, metadata={"help": "Radius of ncl's trust region."})
 
     # Of TrainingArguments, with another default: labels and example ids are no arguments of the model's forward.
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: see DASConfig."})
@@ -347,25 +154,14 @@ class DASConfig(TrainingArguments):
                 raise ValueError(f"{name}: {value} must be {bounds}")
         if self.max_steps == 0:
             raise ValueError("max_steps: 0 would be no limit; write 1 or more, or -1 to train for num_train_epochs")
-        if self.interpolation_alpha != "auto":
-            try:
-                inside = 0 <= float(self.interpolation_alpha) <= 1
-            except ValueError:
-                inside = False
-            if not inside:
-                raise ValueError(
-                    f"interpolation_alpha: '{self.interpolation_alpha}' is neither a number in [0, 1] nor 'auto'"
-                )
 
     def _check_choices(self) -> None:
-        choices = {one.name: one.metadata["choices"] for one in fields(self) if one.metadata.get("choices")}
-        for name, valid in {**choices, **CHOICES}.items():
+        for name, valid in CHOICES.items():
             value = getattr(self, name)
             if value is not None and value not in valid:
                 raise ValueError(f"{name}: '{value}' is none of {', '.join(valid)}")
-        unknown = sorted(set(self.soft_mask_units) - set(UNIT_KINDS))
-        if unknown:
-            raise ValueError(f"soft_mask_units: '{unknown[0]}' is none of {', '.join(UNIT_KINDS)}")
+        for kind in METHODS.values():
+            kind.arguments.check(self)
         if self.train_sampling_strategy != "random":
             raise ValueError(
                 f"train_sampling_strategy: '{self.train_sampling_strategy}' does nothing here, for every row has its "
@@ -482,3 +278,15 @@ class DASConfig(TrainingArguments):
             if isinstance(error, ImportError) or self.optim_target_modules is None:  # what these are, a model tells
                 given = f" with optim_args '{self.optim_args}'" if self.optim_args else ""
                 raise ValueError(f"optim: '{self.optim.value}'{given}: {error}") from error
+
+
+DASConfig = ContinualConfig
+
+_HINTS = typing.get_type_hints(ContinualConfig, include_extras=True)
+#: Least and largest value (`None`: any) of every number.
+BOUNDS = {**OF_TRAINING, **{name: bounds for name, hint in _HINTS.items() if (bounds := bounds_of(hint))}}
+#: Values of what takes one of few.
+CHOICES = {
+    **{one.name: one.metadata["choices"] for one in fields(ContinualConfig) if one.metadata.get("choices")},
+    **{name: choices for name, hint in _HINTS.items() if (choices := choices_of(hint))},
+}

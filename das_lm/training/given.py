@@ -204,7 +204,7 @@ def make_methods(method: Any) -> list[Method]:
     methods.sort(key=lambda one: (one.order, type(one).__name__))
     for one, following in pairwise(methods):
         if type(one) is type(following):
-            raise UserError(f"method: '{type(one).__name__.lower()}' stands there twice; leave one out")
+            raise UserError(f"method: '{one.name}' stands there twice; leave one out")
     return methods
 
 
@@ -213,12 +213,12 @@ def check_methods(methods: Sequence[Method], has_adapter: bool, is_sharded: bool
     for one in methods:
         if has_adapter and not one.works_with_adapters:
             raise UserError(
-                f"method: '{type(one).__name__.lower()}' remembers single parameters, and the next domain's "
+                f"method: '{one.name}' remembers single parameters, and the next domain's "
                 "adapter has others: train all weights, without peft, or use another method, such as das or replay"
             )
         if is_sharded and not one.works_sharded:
             raise UserError(
-                f"method: '{type(one).__name__.lower()}' needs whole parameters, and fsdp leaves each process a "
+                f"method: '{one.name}' needs whole parameters, and fsdp leaves each process a "
                 "slice of them: use DDP, or another method, such as das, ewc or replay"
             )
 

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -20,8 +20,8 @@ from das_lm.units.sharding import in_step, recording
 
 FILE_NAME = "importance.safetensors"
 FORMAT_VERSION = 1
-NORMALIZATIONS = ("paper", "rank", "positive")
-ACCUMULATIONS = ("absolute", "signed")
+Normalization = Literal["paper", "rank", "positive"]
+Accumulation = Literal["absolute", "signed"]
 
 
 def measure_importance(
@@ -223,10 +223,10 @@ class Importance:
                 raise ValueError("the importance of some units is missing")
             if by_domain and len(by_domain) != len(domains):
                 raise ValueError(f"there are {len(domains)} domains, and importance of {len(by_domain)}")
-            if metadata["normalization"] not in NORMALIZATIONS:
+            if metadata["normalization"] not in get_args(Normalization):
                 raise ValueError(f"there is no normalization '{metadata['normalization']}'")
             accumulation = metadata.get("accumulation")  # which the first files did not say
-            if accumulation not in (None, *ACCUMULATIONS):
+            if accumulation not in (None, *get_args(Accumulation)):
                 raise ValueError(f"there is no accumulation '{accumulation}'")
         except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"importance: {path} is not as das-lm writes it ({error}); use 'proxy' instead") from None

@@ -16,9 +16,6 @@ from scipy import stats
 from das_lm.classic import Examples
 from das_lm.classic import benchmark as module
 from das_lm.classic.benchmark import (
-    GRIDS,
-    LANGUAGE_MODELS_ONLY,
-    NEEDS,
     Run,
     benchmark,
     choose,
@@ -36,6 +33,7 @@ from das_lm.methods import METHODS
 from das_lm.report import benchmark_plots as plots
 from das_lm.report.benchmark import SUMMARY_NAME, TABLE_NAME, Choice, Report
 from das_lm.signals import Interrupted
+from das_lm.training.config import DASConfig
 from das_lm.training.trainer import ContinualTrainer
 
 
@@ -67,13 +65,18 @@ def tiny(seed: int = 0, measure: str = "accuracy", poison: bool = False) -> Expe
 
 
 #: Two points each: what a search does shows with these.
-FEW = {key: (field, values[1:4:2]) for key, (field, values) in GRIDS.items() if key in ("l2", "ewc", "replay", "ema")}
+FEW = {name: (METHODS[name].search_grid[0], METHODS[name].search_grid[1][1:4:2]) for name in ("l2", "ewc", "ema")}
+
+#: As they are declared: method, argument, values.
+GRIDS = [(name, *kind.search_grid) for name, kind in METHODS.items() if kind.search_grid]
 
 
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch):
     monkeypatch.setitem(EXPERIMENTS, "tiny", tiny)
-    monkeypatch.setattr(module, "GRIDS", {**FEW, "replay": ("replay_ratio", (0.3, 0.9))})
+    few = {**FEW, "replay": ("replay_ratio", (0.3, 0.9))}
+    for name, kind in METHODS.items():
+        monkeypatch.setattr(kind, "search_grid", few.get(name))
 
 
 def go(directory, methods=("naive", "l2"), seeds=(0, 1), **options):
@@ -103,7 +106,7 @@ def without_seconds(results: Results) -> dict:
     return data
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name not in LANGUAGE_MODELS_ONLY])
+@pytest.mark.parametrize("method", [name for name, kind in METHODS.items() if not kind.language_models_only])
 def test_a_run_is_reproducible(method):
     run = Run("tiny", method, seed=3, options={"scp_projections": 2})
     first = learn(run)
@@ -323,12 +326,11 @@ def test_grid_of_a_combination_is_the_product():
     assert grid("naive", {}) == grid("ewc", {"penalty_weight": 1.0}) == []
 
 
-def test_every_grid_names_a_method_and_a_field():
-    from das_lm.training.config import DASConfig
-
-    fields = {field.name for field in dataclasses.fields(DASConfig)}
-    assert {*GRIDS, *NEEDS, *LANGUAGE_MODELS_ONLY} <= set(METHODS)
-    assert {key for key, _ in GRIDS.values()} <= fields
+@pytest.mark.parametrize("name, knob, values", GRIDS)
+def test_every_grid_is_of_an_argument_of_its_method(name, knob, values):
+    assert knob in METHODS[name].options()
+    for value in values:
+        DASConfig(output_dir="out", use_cpu=True, report_to=[], **{knob: value, **METHODS[name].needs})
 
 
 def test_a_diverged_point_of_the_search_is_not_chosen(tmp_path, monkeypatch, no_plots):

@@ -29,7 +29,7 @@ from das_lm.run import directory as run_directory
 from das_lm.run import walk as pretrain
 from das_lm.run.directory import locked
 from das_lm.signals import Interrupted, Signals, check_signals
-from das_lm.training import trainer
+from das_lm.training import checkpoints
 from das_lm.training.resuming import check_order
 from tests.conftest import build_tokenizer, random_blocks, tiny_roberta
 from tests.end_to_end.test_command_line import _command
@@ -68,8 +68,8 @@ POINTS: dict[str, tuple[Any, str, int, str]] = {
     "a step": (ContinualTrainer, "training_step", 4, "before"),
     "a checkpoint has no importance": (DAS, "save", 2, "before"),
     "a checkpoint has no random state": (ContinualTrainer, "_save_rng_state", 2, "before"),
-    "a checkpoint has no manifest": (trainer, "seal", 2, "before"),
-    "a checkpoint is whole": (trainer, "seal", 2, "after"),
+    "a checkpoint has no manifest": (checkpoints, "seal", 2, "before"),
+    "a checkpoint is whole": (checkpoints, "seal", 2, "after"),
     "importance of the domain": (ContinualTrainer, "importance_batches", 2, "before"),
     "the domain has no manifest": (pretrain, "seal", 1, "before"),
     "the domain has no name": (pretrain, "seal", 1, "after"),

@@ -79,7 +79,7 @@ def read_by_all(tmp_path_factory) -> set[str]:
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_declares_the_options_that_it_reads(name, read_by_all, tmp_path):
     read = options_read(tmp_path, name, **OPTIONS.get(name, {})) - read_by_all
-    assert read == set(METHODS[name].options)
+    assert read == set(METHODS[name].options())
 
 
 def test_options_that_no_chosen_method_reads():

@@ -310,8 +310,8 @@ BAD = {
     ),
     "DASConfig's check of a domain": (
         "{max_steps: 7}",
-        "{proxy: x}",
-        "r.yaml:7: domain 'cs': training arguments: proxy: 'x' is none of hidden, logits",
+        "{ema_decay: 2}",
+        "r.yaml:7: domain 'cs': training arguments: ema_decay: 2.0 must be between 0 and 1",
     ),
     "output_dir in training": ("max_steps: 5", "output_dir: x", "r.yaml:11: training.output_dir: belongs to the top"),
     "resume in training": ("max_steps: 5", "resume_from_checkpoint: x", "continue a run with --resume"),

@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 from das_lm.errors import UserError
 from das_lm.files import broken_file
 from das_lm.methods import EWC, Method
+from das_lm.training.guard import Guard
 from tests.distributed import run_in_two_processes
 from tests.training.test_trainer import assert_equal, parameters, run_of, tiny_roberta, trainer_of
 
@@ -114,15 +115,15 @@ def test_the_step_is_looked_at_once(tmp_path, monkeypatch):
     """However many batches and parts of the loss it has: each look waits for the device."""
     looks, tolist = [], torch.Tensor.tolist
     run = trainer_of(tmp_path, contrast_prior_gradient=False, gradient_accumulation_steps=3, max_steps=2)
-    check = type(run)._check_step
+    check = Guard.check_step
 
-    def counted(trainer, norm):
+    def counted(guard, norm):
         with monkeypatch.context() as patch:
             patch.setattr(torch.Tensor, "tolist", lambda tensor: looks.append(len(tensor)) or tolist(tensor))
             patch.setattr(torch.Tensor, "item", lambda tensor: pytest.fail("a second look"))
-            check(trainer, norm)
+            check(guard, norm)
 
-    monkeypatch.setattr(type(run), "_check_step", counted)
+    monkeypatch.setattr(Guard, "check_step", counted)
     run.train()
     assert looks == [3 * 2 + 1] * 2  # the two losses of three batches, and the norm
 

@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "Architecture": "das_lm.units.architectures",
+    "ContinualConfig": "das_lm.training.config",
     "ContinualTrainer": "das_lm.training.trainer",
     "DASConfig": "das_lm.training.config",
     "DASTrainer": "das_lm.training.trainer",
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from das_lm.run.recipe import Recipe
     from das_lm.run.recipe_file import load_recipe
     from das_lm.run.walk import continual_pretrain
-    from das_lm.training.config import DASConfig
+    from das_lm.training.config import ContinualConfig, DASConfig
     from das_lm.training.trainer import ContinualTrainer, DASTrainer
     from das_lm.units.architectures import Architecture
     from das_lm.units.importance import Importance

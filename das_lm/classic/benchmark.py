@@ -45,7 +45,7 @@ from das_lm.report.benchmark import SUMMARY_NAME, TABLE_NAME, Choice, Report
 from das_lm.run.arguments import check_training
 from das_lm.signals import Signals, check_signals
 from das_lm.terminal import Console
-from das_lm.training.config import DASConfig
+from das_lm.training.config import ContinualConfig
 from das_lm.training.trainer import ContinualTrainer
 
 #: Of every run, where nothing else is given: Adam at a constant learning rate, no decay, no clipping.
@@ -83,7 +83,7 @@ class Run:
         method: name of a method, or several as `"ewc+replay"`.
         seed: of the model, the order, the methods, and the experiment (its permutations).
         parameters: of the experiment, see `build_experiment`.
-        options: fields of [`DASConfig`] over [`DEFAULTS`] and [`Method.needs`].
+        options: fields of [`ContinualConfig`] over [`DEFAULTS`] and [`Method.needs`].
         schedule: task after task (`"sequential"`), or all together, `"alternating"` or `"interleaved"`.
         epochs: passes over each task; the experiment's own if `None`.
         split: what is measured after every epoch, `"test"` or (for a search) `"development"`.
@@ -108,7 +108,7 @@ class Run:
         """The experiment that the run learns."""
         return build_experiment(self.experiment, **{"seed": self.seed, **self.parameters})
 
-    def arguments(self, experiment: Experiment, directory: str) -> DASConfig:
+    def arguments(self, experiment: Experiment, directory: str) -> ContinualConfig:
         """
         The Trainer's arguments.
 
@@ -117,7 +117,7 @@ class Run:
         """
         methods = self.method.split("+")
         try:
-            return DASConfig(
+            return ContinualConfig(
                 output_dir=directory,
                 num_train_epochs=self.epochs or experiment.epochs,
                 seed=self.seed,
@@ -398,11 +398,11 @@ def benchmark(
         parameters: of the experiment, see `build_experiment`.
         schedule: `"sequential"`, `"alternating"` or `"interleaved"`.
         epochs: passes over each task, instead of the experiment's own.
-        search: choose each method's main knob by its `search_grid`; otherwise it has the default of [`DASConfig`].
+        search: choose each method's main knob by its `search_grid`; otherwise it has its default.
         search_seeds: of the search; never those of the reported runs.
         chosen_from: directory of another benchmark, such as one on smaller images, whose choices are taken instead of
             a search.
-        options: fields of [`DASConfig`] for all runs. What is given here is not searched for.
+        options: fields of [`ContinualConfig`] for all runs. What is given here is not searched for.
         output_dir: `output/classic/EXPERIMENT` by default.
         workers: processes; as many as there are cores by default.
 

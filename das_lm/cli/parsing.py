@@ -166,15 +166,15 @@ def _training_parser(own: Parser, about: Mapping[str, str], only: Collection[str
     from transformers import HfArgumentParser, TrainingArguments
     from transformers.hf_argparser import string_to_bool
 
-    from das_lm.training.config import DASConfig
+    from das_lm.training.config import ContinualConfig
 
     class TrainingParser(Parser, HfArgumentParser):
         pass
 
-    hints = typing.get_type_hints(DASConfig)
+    hints = typing.get_type_hints(ContinualConfig)
     inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
     groups: dict[str, list] = {"DAS": [], "training": []}
-    for field in dataclasses.fields(DASConfig):
+    for field in dataclasses.fields(ContinualConfig):
         if field.name != "output_dir" and (only is None or field.name in only):
             alone = {"default": field.default, "default_factory": field.default_factory, "metadata": field.metadata}
             group = "training" if field.name in inherited else "DAS"

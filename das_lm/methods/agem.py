@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 from torch import nn
 
 from das_lm.methods.arguments import MemoryArguments
+from das_lm.methods.base import Engine
 from das_lm.methods.memory import Reservoir
 from das_lm.methods.replay import Replay
 from das_lm.randomness import permutation
-
-if TYPE_CHECKING:
-    from das_lm.training.trainer import ContinualTrainer
 
 
 class AGEM(Replay):
@@ -45,12 +41,12 @@ class AGEM(Replay):
             add_to_gradient(self.trainer, theirs, -float(product / _dot(theirs, theirs)))
 
 
-def gradient(trainer: ContinualTrainer) -> list[torch.Tensor]:
+def gradient(trainer: Engine) -> list[torch.Tensor]:
     """The gradient as it is: a tensor for every trainable parameter, in the model's order."""
     return [torch.zeros_like(p) if p.grad is None else p.grad for p in _parameters(trainer)]
 
 
-def add_to_gradient(trainer: ContinualTrainer, change: list[torch.Tensor], weight: float) -> None:
+def add_to_gradient(trainer: Engine, change: list[torch.Tensor], weight: float) -> None:
     """Add weight × change to the gradient; a parameter that neither has a gradient nor gets one is left without."""
     for parameter, added in zip(_parameters(trainer), change, strict=True):
         if parameter.grad is not None:
@@ -59,7 +55,7 @@ def add_to_gradient(trainer: ContinualTrainer, change: list[torch.Tensor], weigh
             parameter.grad = weight * added
 
 
-def memory_gradient(trainer: ContinualTrainer, memory: Reservoir, name: str) -> list[torch.Tensor]:
+def memory_gradient(trainer: Engine, memory: Reservoir, name: str) -> list[torch.Tensor]:
     """
     The gradient of the loss on a batch of a memory, a tensor for every one of [`gradient`]: as many rows as a training
     batch of all processes, or all there are. Rows are a function of (seed, name, step) alone, their masks of the
@@ -78,7 +74,7 @@ def memory_gradient(trainer: ContinualTrainer, memory: Reservoir, name: str) -> 
         return trainer.gradient_of(batch)
 
 
-def _parameters(trainer: ContinualTrainer) -> list[nn.Parameter]:
+def _parameters(trainer: Engine) -> list[nn.Parameter]:
     model = trainer.accelerator.unwrap_model(trainer.model)
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 

@@ -1,13 +1,13 @@
-"""The moments of training that a method sees."""
+"""The hooks of a method into training, and what it sees of the trainer."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import fields
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file
@@ -18,16 +18,55 @@ from das_lm.files import write_tensors
 from das_lm.methods.arguments import Arguments
 from das_lm.units.sharding import is_sharded, local, named_parameters, own_slice, whole
 
-if TYPE_CHECKING:
-    from das_lm.training.trainer import ContinualTrainer
-
-
 Tensors = dict[str, torch.Tensor]  # name of a parameter -> tensor of its shape
+
+
+class Engine(Protocol):
+    """What a method sees of the trainer, and no more."""
+
+    args: Any  # a `ContinualConfig`
+    model: nn.Module  # as it is called in a step: it may be wrapped, or sharded
+    accelerator: Any
+    state: Any  # with `global_step`
+    processing_class: Any  # the tokenizer; `None` of a module that reads no text
+    data_collator: Any
+    train_dataset: Any  # `TrainingBlocks`, `TrainingStream` or `TrainingRows`
+    development_dataset: Mapping[str, Any] | None
+    domain: str  # its name
+    methods: list[Method]  # all, in their order
+    units: Any  # the model's `Units`; `None` of a module that is no language model
+    criterion: Any  # what a batch asks of the model: `LanguageModeling` or `ModuleLoss`
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether parameters are slices (FSDP2), or will be."""
+
+    @property
+    def gradient_scale(self) -> float:
+        """What the gradients have been multiplied by (fp16), otherwise 1."""
+
+    def is_world_process_zero(self) -> bool:
+        """Whether this is the main process of all."""
+
+    def importance_batches(self, epoch: int, count: int | None = None) -> Iterator[dict[str, torch.Tensor]]:
+        """Yield this process's share of `count` rows of the domain, in batches, as `epoch` orders and masks them."""
+
+    def gradient_of(self, batch: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        """Return the gradient of the loss on a batch, averaged over processes; see `MeasuringTrainer.gradient_of`."""
+
+    def private_randomness(self, *address: Any) -> AbstractContextManager[None]:
+        """Make random draws a function of (seed, domain, address), and leave training's alone."""
+
+    def development_loss(self) -> float:
+        """Return the mean loss on `development_dataset`."""
+
+    def check_finite(self, tensors: Tensors, what: str) -> None:
+        """Raise `NotFinite` where one holds NaN or infinity."""
 
 
 class Method:
     """
-    A continual-learning method: plain training, unless it overrides a moment. The moments, in order:
+    A continual-learning method: plain training, unless it overrides a hook. The hooks, in order:
 
     - [`attach`], once per trainer, and [`begin_domain`];
     - for every batch [`add_rows`], then [`change_losses`] and [`loss`];
@@ -35,7 +74,7 @@ class Method:
       [`mask_step`], [`after_step`];
     - [`finish_weights`], then [`end_domain`].
 
-    Of several methods, all have had one moment before any has the next, and they take turns by `order`, not as they
+    Of several methods, of all, one hook is called before any next one, and they take turns by `order`, not as they
     are listed. What a method keeps travels in checkpoints, by [`state_dict`] and [`load_state_dict`]. One object may
     serve one domain after another, each with a trainer of its own; made by name, a method finds its state beside the
     weights that the model was loaded from.
@@ -83,7 +122,7 @@ class Method:
 
     _in_slices = False  # whether what is kept is slices, or whole, as it was in a file
 
-    def attach(self, trainer: ContinualTrainer) -> None:
+    def attach(self, trainer: Engine) -> None:
         """The trainer is made. Raises `UserError` for arguments or a model that the method cannot work with."""
         is_new = not hasattr(self, "trainer")
         self.trainer, self.args = trainer, trainer.args
@@ -168,7 +207,7 @@ class Method:
         (fp16) still times `trainer.gradient_scale`. They may be read, not changed."""
 
     def change_gradient(self) -> None:
-        """The same moment, for adding the gradient of a penalty, or projecting."""
+        """The same, for adding the gradient of a penalty, or projecting."""
 
     def before_step(self) -> None:
         """The gradients are final: clipped (and, in fp16, no longer scaled, if `max_grad_norm` is above 0)."""

@@ -6,7 +6,7 @@ import logging
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,16 +16,13 @@ from torch import nn
 from das_lm.data.masking import IGNORED
 from das_lm.errors import UserError
 from das_lm.methods.arguments import Measuring, NotNegative, SoftMasking, Temperature, knob
-from das_lm.methods.base import Method
+from das_lm.methods.base import Engine, Method
 from das_lm.model.objective import Output, has_active_dropout, run_language_model
 from das_lm.randomness import addressed_seed
 from das_lm.units.contrast import contrastive_loss, mean_pool
 from das_lm.units.gates import gated
 from das_lm.units.importance import FILE_NAME, Accumulation, Importance, Normalization, measure_importance
 from das_lm.units.soft_mask import SoftMask, check_adapter, check_optimizer
-
-if TYPE_CHECKING:
-    from das_lm.training.trainer import ContinualTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +92,7 @@ class DAS(Method):
         self.importance: Importance | None = None
         self.mask: SoftMask | None = None
 
-    def attach(self, trainer: ContinualTrainer) -> None:
+    def attach(self, trainer: Engine) -> None:
         """Raises `UserError` for a model without units, and an optimizer or adapter that masks cannot act on."""
         super().attach(trainer)
         if trainer.units is None:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 
 from das_lm.methods.arguments import FisherArguments, Measuring, Share, knob
+from das_lm.methods.base import Engine
 from das_lm.methods.penalty import Penalty, PenaltyArguments, Tensors
 from das_lm.methods.per_example import PerExample
 from das_lm.model.objective import Output
 from das_lm.units.sharding import in_step
-
-if TYPE_CHECKING:
-    from das_lm.training.trainer import ContinualTrainer
 
 FISHER_EPOCH = -3  # address of the rows that the Fisher is measured on
 
@@ -67,7 +65,7 @@ class EWC(Penalty):
                 self.importance[name], self.anchor[name] = total, torch.lerp(self.anchor[name], now, share)
 
 
-def fisher(trainer: ContinualTrainer, batches: Iterable[Mapping[str, torch.Tensor]], labels: str) -> Tensors:
+def fisher(trainer: Engine, batches: Iterable[Mapping[str, torch.Tensor]], labels: str) -> Tensors:
     """
     Diagonal of the Fisher information, averaged over the rows of all processes: parameter -> E[(∂ log p/∂θ)²].
 
@@ -84,7 +82,7 @@ def fisher(trainer: ContinualTrainer, batches: Iterable[Mapping[str, torch.Tenso
     return per_row_mean(trainer, batches, losses, "square")
 
 
-def per_row_mean(trainer: ContinualTrainer, batches: Iterable, losses, statistic: str) -> Tensors:
+def per_row_mean(trainer: Engine, batches: Iterable, losses, statistic: str) -> Tensors:
     """
     Mean over the rows of all processes of each row's own |∂ℓ/∂θ| (`"absolute"`) or (∂ℓ/∂θ)² (`"square"`), dropout off.
 

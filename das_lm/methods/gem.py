@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from scipy.optimize import nnls
@@ -12,11 +11,8 @@ from scipy.optimize import nnls
 from das_lm.errors import UserError
 from das_lm.methods.agem import AGEM, add_to_gradient, gradient, memory_gradient
 from das_lm.methods.arguments import MemoryArguments, NotNegative, knob
-from das_lm.methods.base import Method
+from das_lm.methods.base import Engine, Method
 from das_lm.methods.memory import Reservoir
-
-if TYPE_CHECKING:
-    from das_lm.training.trainer import ContinualTrainer
 
 
 @dataclass
@@ -49,7 +45,7 @@ class GEM(Method):
     def __init__(self):
         self.memories: list[Reservoir] = []
 
-    def attach(self, trainer: ContinualTrainer) -> None:
+    def attach(self, trainer: Engine) -> None:
         """Raises `UserError` beside A-GEM."""
         if any(isinstance(other, AGEM) for other in trainer.methods):
             raise UserError(

@@ -10,7 +10,7 @@ import torch
 
 from das_lm.errors import UserError
 from das_lm.methods.arguments import Arguments, knob
-from das_lm.methods.base import Method, Tensors
+from das_lm.methods.base import Engine, Method, Tensors
 from das_lm.units.soft_mask import check_fresh
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class Interpolate(Method):
         self.alpha: float | None = None
         self.chosen_on: list[str] = []
 
-    def attach(self, trainer) -> None:
+    def attach(self, trainer: Engine) -> None:
         """Raises `UserError` for an adapter that is no fresh one, and where α has nothing to be chosen by."""
         super().attach(trainer)
         check_fresh(self.parameters(), "only then is α B A the interpolation of the weights")

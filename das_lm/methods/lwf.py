@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from das_lm.methods.arguments import Arguments, NotNegative, Temperature, knob
-from das_lm.methods.base import Method
+from das_lm.methods.base import Engine, Method
 from das_lm.methods.teacher import Teacher
 from das_lm.model.objective import Output
-
-if TYPE_CHECKING:
-    from das_lm.training.trainer import ContinualTrainer
 
 
 @dataclass
@@ -48,7 +44,7 @@ class LwF(Method):
         self.domains = 0
         self.tasks: set[int] = set()
 
-    def attach(self, trainer: ContinualTrainer) -> None:
+    def attach(self, trainer: Engine) -> None:
         super().attach(trainer)
         self.protects_base = trainer.units is not None
         self._seen: set[int] = set()

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from das_lm.data.packing import longest_input
+from das_lm.methods.base import Engine
 from das_lm.randomness import addressed_seed
-
-if TYPE_CHECKING:
-    from das_lm.training.trainer import ContinualTrainer
 
 #: Rows that are drawn for at once.
 AT_ONCE = 1 << 20
@@ -65,7 +63,7 @@ class Reservoir(Dataset):
             )
         return state
 
-    def load_state_dict(self, state: dict[str, torch.Tensor], trainer: ContinualTrainer | None = None) -> None:
+    def load_state_dict(self, state: dict[str, torch.Tensor], trainer: Engine | None = None) -> None:
         """
         Take back what [`state_dict`] gave.
 

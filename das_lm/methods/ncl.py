@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -13,13 +13,10 @@ from torch.autograd.graph import get_gradient_edge
 from das_lm.data.masking import IGNORED
 from das_lm.errors import UserError
 from das_lm.methods.arguments import FisherArguments, Measuring, Positive, knob
-from das_lm.methods.base import Method, Tensors
+from das_lm.methods.base import Engine, Method, Tensors
 from das_lm.methods.ewc import FISHER_EPOCH, fisher, sampled_targets
 
-if TYPE_CHECKING:
-    from das_lm.training.trainer import ContinualTrainer
-
-CHANGE_A_STEP = ("change_gradient", "before_step", "mask_step")  # moments of a method
+CHANGE_A_STEP = ("change_gradient", "before_step", "mask_step")  # hooks of a method
 COUNTED_ROWS = 100  # from which the predictions of a domain of text are estimated
 
 
@@ -62,7 +59,7 @@ class NCL(Method):
         self.precision: Tensors = {}  # of the parameters that are in no Kronecker product
         self.factors: dict[str, Kronecker] = {}  # name of a linear layer -> precision of its parameters
 
-    def attach(self, trainer: ContinualTrainer) -> None:
+    def attach(self, trainer: Engine) -> None:
         """Raises `UserError` for whatever else would change the step."""
         given = {**vars(trainer.args), "optim": trainer.args.optim.value}
         needed = {"optim": "sgd", "optim_args": None, "weight_decay": 0.0, "max_grad_norm": 0.0, "fp16": False}

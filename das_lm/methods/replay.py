@@ -8,7 +8,7 @@ import torch
 
 from das_lm.errors import UserError
 from das_lm.methods.arguments import MemoryArguments, Share, knob
-from das_lm.methods.base import Method
+from das_lm.methods.base import Engine, Method
 from das_lm.methods.memory import Reservoir
 
 
@@ -38,7 +38,7 @@ class Replay(Method):
     def __init__(self):
         self.memory: Reservoir | None = None
 
-    def attach(self, trainer) -> None:
+    def attach(self, trainer: Engine) -> None:
         """Raises `UserError` where several memories would take more than all rows."""
         memories = sum(isinstance(one, Replay) and one.mixes for one in trainer.methods)
         if memories > 1 and memories * trainer.args.replay_ratio > 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,12 +14,10 @@ from das_lm.data.masking import IGNORED
 from das_lm.data.packing import special_tokens, start_token
 from das_lm.errors import UserError
 from das_lm.methods.arguments import Batches, Count, knob
+from das_lm.methods.base import Engine
 from das_lm.methods.replay import Replay, ReplayArguments
 from das_lm.methods.teacher import Teacher
 from das_lm.model.objective import Output
-
-if TYPE_CHECKING:
-    from das_lm.training.trainer import ContinualTrainer
 
 GROUPS = 7  # of a block's tokens, drawn anew one after the other: about as much is masked at a time as in training
 
@@ -56,7 +54,7 @@ class SelfReplay(Replay):
         super().__init__()
         self.teacher: Teacher | None = None
 
-    def attach(self, trainer: ContinualTrainer) -> None:
+    def attach(self, trainer: Engine) -> None:
         """Raises `UserError` for a module that writes no text."""
         if trainer.units is None:
             raise UserError("method: 'self_replay' needs a language model, which can write text; use 'replay'")

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from das_lm.methods.arguments import Measuring, SoftMasking
-from das_lm.methods.base import Method, Tensors
+from das_lm.methods.base import Engine, Method, Tensors
 from das_lm.methods.das import GRADIENT_EPOCH
 from das_lm.units.importance import normalize
 from das_lm.units.soft_mask import ParameterMask, check_optimizer
-
-if TYPE_CHECKING:
-    from das_lm.training.trainer import ContinualTrainer
 
 
 @dataclass
@@ -48,7 +45,7 @@ class SPG(Method):
         self.importance: Tensors = {}
         self.tasks: set[int] = set()  # whose heads have been learned
 
-    def attach(self, trainer: ContinualTrainer) -> None:
+    def attach(self, trainer: Engine) -> None:
         super().attach(trainer)
         check_optimizer(self.args.optim.value, self.args.soft_mask_target)
 

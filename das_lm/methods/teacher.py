@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 
 from das_lm.errors import UserError
-from das_lm.methods.base import taken
+from das_lm.methods.base import Engine, taken
 from das_lm.model.objective import Output
-
-if TYPE_CHECKING:
-    from das_lm.training.trainer import ContinualTrainer
 
 
 class Teacher:
@@ -29,9 +25,7 @@ class Teacher:
         UserError: the student computes its distributions in chunks, and never has them.
     """
 
-    def __init__(
-        self, trainer: ContinualTrainer, state: Mapping[str, torch.Tensor] | None = None, file_name: str = ""
-    ):
+    def __init__(self, trainer: Engine, state: Mapping[str, torch.Tensor] | None = None, file_name: str = ""):
         if trainer.args.chunked_cross_entropy:
             raise UserError(
                 "chunked_cross_entropy: a method that teaches output distributions (lwf, self_replay with "

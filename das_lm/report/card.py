@@ -16,7 +16,7 @@ from das_lm.errors import UserError
 from das_lm.files import write_text
 from das_lm.measure.results import FIGURES, Results
 from das_lm.methods import files_with_training_text
-from das_lm.training.config import DASConfig
+from das_lm.training.config import ContinualConfig
 from das_lm.units.importance import FILE_NAME as IMPORTANCE_NAME
 
 FILE_NAME = "README.md"
@@ -296,7 +296,7 @@ class HubRepository:
         UserError: it cannot be made; with the hub's reason.
     """
 
-    def __init__(self, args: DASConfig, name: str):
+    def __init__(self, args: ContinualConfig, name: str):
         self.args = args
         self._api = HfApi(library_name="das-lm", library_version=__version__)
         self.id = args.hub_model_id or name

@@ -115,9 +115,9 @@ class Run:
             return self.setting(shared)
         if "recipe" not in self.results.run:  # the defaults of a small model are its experiment's
             return None
-        from das_lm.training.config import DASConfig
+        from das_lm.training.config import ContinualConfig
 
-        argument = DASConfig.__dataclass_fields__.get(key)
+        argument = ContinualConfig.__dataclass_fields__.get(key)
         if argument is None:
             return None
         return argument.default_factory() if argument.default is MISSING else argument.default

@@ -36,14 +36,14 @@ def secrets_in(data: Any, at: KeyPath = ()) -> Iterator[KeyPath]:
 
 @functools.cache
 def _training_hints() -> dict[str, Any]:
-    from das_lm.training.config import DASConfig
+    from das_lm.training.config import ContinualConfig
 
-    hints = typing.get_type_hints(DASConfig)
-    return {field.name: hints[field.name] for field in dataclasses.fields(DASConfig)}
+    hints = typing.get_type_hints(ContinualConfig)
+    return {field.name: hints[field.name] for field in dataclasses.fields(ContinualConfig)}
 
 
 def check_training(training: dict[str, Any], at: KeyPath) -> tuple[dict[str, Any], list[tuple[KeyPath, str]]]:
-    """Convert training arguments to the types of [`DASConfig`]'s fields; (path, message) of those that do not fit."""
+    """Convert training arguments to the types of their fields; (path, message) of those that do not fit."""
     problems = [((*at, key), ELSEWHERE[key]) for key in training if key in ELSEWHERE]
     problems += [((*at, *path), NO_SECRET) for path in secrets_in(training) if len(path) > 1]
     converted, wrong = _converted({k: v for k, v in training.items() if k not in ELSEWHERE}, _training_hints(), at)

@@ -33,7 +33,7 @@ from das_lm.measure.cache import DIRECTORY as CACHE_NAME
 from das_lm.measure.results import FIGURES_NAME, PAGE_NAME, Results
 from das_lm.measure.results import FILE_NAME as RESULTS_NAME
 from das_lm.plain_words import key_path
-from das_lm.training.config import DASConfig
+from das_lm.training.config import ContinualConfig
 
 if TYPE_CHECKING:
     from das_lm.data.domains import Domain
@@ -440,7 +440,7 @@ def _check_same(before: Recipe, now: Recipe, output: Path) -> None:
     others = []
     for at in {**old, **new}:
         argument = at[at.index("training") + 1] if "training" in at else at[0]
-        default = getattr(DASConfig, at[1], None) if at[0] == "training" and len(at) == 2 else None
+        default = getattr(ContinualConfig, at[1], None) if at[0] == "training" and len(at) == 2 else None
         values = [leaves.get(at, default) for leaves in (old, new)]
         if argument not in ignored and values[0] != values[1]:
             began, gives = ("none" if value is None else _shortened(str(value)) for value in values)

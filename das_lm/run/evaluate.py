@@ -78,7 +78,7 @@ def evaluate_run(
         measure: further held-out text, `"NAME=DATA"` or the name of a built-in domain.
         probes: what else to measure.
         output_dir: write `forgetting.json` and the cache there instead.
-        training: fields of [`DASConfig`] that change no result: [`SPEED`].
+        training: fields of [`ContinualConfig`] that change no result: [`SPEED`].
         trust_remote_code: run the code that comes with a model of the hub.
 
     Raises:
@@ -140,7 +140,7 @@ def evaluate_checkpoints(
         domains: held-out text, `"NAME=DATA"` or the name of a built-in domain. All of DATA is measured.
         output_dir: of the results.
         probes: what else to measure.
-        training: fields of [`DASConfig`]: `max_length`, `per_device_eval_batch_size`, …
+        training: fields of [`ContinualConfig`]: `max_length`, `per_device_eval_batch_size`, …
         trust_remote_code: run the code that comes with a model of the hub.
 
     Raises:

@@ -17,7 +17,7 @@ from das_lm.run.arguments import check_peft, check_training
 
 if TYPE_CHECKING:
     from das_lm.data.domains import Documents
-    from das_lm.training.config import DASConfig
+    from das_lm.training.config import ContinualConfig
     from das_lm.units.architectures import Architecture
 
 
@@ -35,7 +35,8 @@ class Recipe:
         method: Name of a continual-learning method of `das_lm.methods.METHODS`, or several; stored as a list.
         schedule: Domain after domain (`"sequential"`), their epochs in turns (`"alternating"`), or mixed in every
             batch (`"interleaved"`). Methods that consolidate when a domain ends need the first.
-        training: Training arguments, any field of [`DASConfig`]; a domain may override them in its own `training`.
+        training: Training arguments, any field of [`ContinualConfig`]; a domain may override them in its own
+            `training`.
         trust_remote_code: Run the code that comes with a model of the hub. A recipe file cannot say so; the command
             line can.
         attn_implementation: Attention of the model, as `from_pretrained` takes it.
@@ -149,11 +150,13 @@ class Recipe:
     @field_validator("training")
     @classmethod
     def _check_importance(cls, training: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
-        from das_lm.training.config import DASConfig
+        from das_lm.training.config import ContinualConfig
 
         for before, domain in itertools.pairwise(info.data.get("domains", [])):
             for key in ("importance_normalization", "importance_accumulation"):
-                ways = [{**training, **one.training}.get(key, getattr(DASConfig, key)) for one in (before, domain)]
+                ways = [
+                    {**training, **one.training}.get(key, getattr(ContinualConfig, key)) for one in (before, domain)
+                ]
                 if "importance" not in domain.training and ways[0] != ways[1]:
                     raise ValueError(
                         f"domain '{domain.name}' has {key} '{ways[1]}', and '{before.name}', whose importance it "
@@ -203,7 +206,7 @@ class Recipe:
 
         return Architecture.from_dict(self.units) if self.units else None
 
-    def training_arguments(self, domain: Domain | None, output_dir: str, check_device: bool = True) -> DASConfig:
+    def training_arguments(self, domain: Domain | None, output_dir: str, check_device: bool = True) -> ContinualConfig:
         """The training arguments of the recipe with those of a domain over them.
 
         Args:
@@ -214,7 +217,7 @@ class Recipe:
         Raises:
             UserError: Unknown or wrong training arguments, or some that this machine cannot follow.
         """
-        from das_lm.training.config import DASConfig
+        from das_lm.training.config import ContinualConfig
 
         where = f"domain '{domain.name}': " if domain else ""
         given = {**self.training, **(domain.training if domain else {}), **({} if check_device else {"use_cpu": True})}
@@ -222,7 +225,7 @@ class Recipe:
         if problems:
             raise UserError("\n".join(f"{where}training.{key_path(path)}: {message}" for path, message in problems))
         try:
-            config = DASConfig(output_dir=output_dir, **arguments)
+            config = ContinualConfig(output_dir=output_dir, **arguments)
             self._check_metric(config.metric_for_best_model)
             if check_device:
                 config.check_packages()

@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from das_lm.data.domains import Domain
     from das_lm.measure.held_out import HeldOut
     from das_lm.run.recipe import Recipe
-    from das_lm.training.config import DASConfig
+    from das_lm.training.config import ContinualConfig
 
 
 def continual_pretrain(
@@ -279,14 +279,14 @@ class Walk:
         trainer.tells_of_methods_without_effect = False  # the walk does
         return trainer
 
-    def _arguments_of(self, stage: Stage, directory: Path) -> DASConfig:
+    def _arguments_of(self, stage: Stage, directory: Path) -> ContinualConfig:
         args = self.recipe.training_arguments(stage.domain, str(directory))
         if stage is not self.stages[0] and not (stage.domain and "importance" in stage.domain.training):
             args.importance = "auto"  # where the importance of the base model comes from has been settled
         args.push_to_hub = False  # the walk pushes, when a stage is finished and measured
         return args
 
-    def _rows_of(self, stage: Stage, tokenizer: Any, args: DASConfig) -> TrainingBlocks:
+    def _rows_of(self, stage: Stage, tokenizer: Any, args: ContinualConfig) -> TrainingBlocks:
         """What a stage learns from: its own domains, or all so far for a method that needs them."""
         masking, seed = labeling(tokenizer, self.causal, args.mlm_probability), data_seed(args)
         domain = stage.domain

@@ -104,7 +104,7 @@ class ContinualConfig(_arguments_of_methods(), TrainingArguments):
     )
 
     # Of TrainingArguments, with another default: labels and example ids are no arguments of the model's forward.
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: see DASConfig."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: see ContinualConfig."})
     logging_steps: float = field(default=10, metadata={"help": "Log every X update steps."})
     report_to: None | str | list[str] = field(
         default="tensorboard", metadata={"help": "Where the curves go: 'tensorboard', 'wandb', …, 'none', 'all'."}
@@ -280,6 +280,7 @@ class ContinualConfig(_arguments_of_methods(), TrainingArguments):
                 raise ValueError(f"optim: '{self.optim.value}'{given}: {error}") from error
 
 
+#: The name for users of DAS.
 DASConfig = ContinualConfig
 
 _HINTS = typing.get_type_hints(ContinualConfig, include_extras=True)

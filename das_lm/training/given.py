@@ -20,29 +20,31 @@ from das_lm.errors import UserError, did_you_mean
 from das_lm.methods import METHODS, Method
 from das_lm.model.adapters import base_of, check_adapter_kind, with_adapter
 from das_lm.model.loading import load_whole, read_config, read_tokenizer, saved_as_causal
-from das_lm.training.config import DASConfig
+from das_lm.training.config import ContinualConfig
 from das_lm.units import Architecture
 
 
-def as_config(args: TrainingArguments | None) -> DASConfig:
+def as_config(args: TrainingArguments | None) -> ContinualConfig:
     """
-    The arguments as a [`DASConfig`]; of plain `TrainingArguments` all are taken as they are, but
+    The arguments as a [`ContinualConfig`]; of plain `TrainingArguments` all are taken as they are, but
     `remove_unused_columns`, which must be off.
 
     Raises:
         UserError: the arguments of another trainer.
     """
     if args is None:
-        return DASConfig()
-    if isinstance(args, DASConfig):
+        return ContinualConfig()
+    if isinstance(args, ContinualConfig):
         return args
     if type(args) is not TrainingArguments:
-        raise UserError(f"args: {type(args).__name__} is of another trainer; give a DASConfig, or TrainingArguments")
+        raise UserError(
+            f"args: {type(args).__name__} is of another trainer; give a ContinualConfig, or TrainingArguments"
+        )
     given = {field.name: getattr(args, field.name) for field in dataclasses.fields(args) if field.init}
-    return DASConfig(**{**given, "remove_unused_columns": False})
+    return ContinualConfig(**{**given, "remove_unused_columns": False})
 
 
-def check_arguments(args: DASConfig, given: Mapping[str, Any]) -> None:
+def check_arguments(args: ContinualConfig, given: Mapping[str, Any]) -> None:
     """
     Args:
         given: further arguments of the trainer by name.
@@ -126,14 +128,14 @@ def named_model(
     return model, tokenizer
 
 
-def check_module(args: DASConfig) -> None:
+def check_module(args: ContinualConfig) -> None:
     """Raises `UserError` for arguments that a module which is no language model cannot follow."""
     for name, off, what in (("non_unit_lr_scale", 1, "units"), ("chunked_cross_entropy", False, "an LM head")):
         if getattr(args, name) != off:
             raise UserError(f"{name}: only a language model has {what}; leave it at {off} for another module")
 
 
-def check_last_batch(args: DASConfig, domain: str, rows: Any) -> None:
+def check_last_batch(args: ContinualConfig, domain: str, rows: Any) -> None:
     """Raises `UserError` where `dataloader_drop_last` would leave out all rows of a domain."""
     batch = args.per_device_train_batch_size * args.world_size
     if args.dataloader_drop_last and rows is not None and 0 < len(rows) < batch:
@@ -160,7 +162,7 @@ def check_language_model(model: nn.Module, tokenizer: Any, architecture: Any) ->
         raise UserError(f"architecture: give an Architecture, not {type(architecture).__name__}")
 
 
-def adapted(model: nn.Module, config: Any, args: DASConfig, tokenizer: Any, seed: int) -> nn.Module:
+def adapted(model: nn.Module, config: Any, args: ContinualConfig, tokenizer: Any, seed: int) -> nn.Module:
     """
     The model, with a fresh adapter if there is a `config` for one.
 

@@ -23,10 +23,10 @@ from das_lm.data.readers import missing_column, text_of
 from das_lm.data.streaming import DocumentStream, TrainingStream
 from das_lm.errors import UserError, as_user_error
 from das_lm.model.objective import ModuleLoss
-from das_lm.training.config import DASConfig
+from das_lm.training.config import ContinualConfig
 
 
-def data_seed(args: DASConfig) -> int:
+def data_seed(args: ContinualConfig) -> int:
     """The seed of order and masks."""
     return args.seed if args.data_seed is None else args.data_seed
 
@@ -43,7 +43,7 @@ class Rows:
 
     collator = staticmethod(collate)
 
-    def __init__(self, args: DASConfig, domain: str, model: nn.Module):
+    def __init__(self, args: ContinualConfig, domain: str, model: nn.Module):
         self.args, self.domain, self.model, self.seed = args, domain, model, data_seed(args)
 
     def training(self, data: Any) -> TrainingRows | None:
@@ -122,7 +122,7 @@ class Text:
         UserError: the tokenizer is of another model, or blocks are longer than the model reads.
     """
 
-    def __init__(self, args: DASConfig, domain: str, model: nn.Module, tokenizer: Any, column: str):
+    def __init__(self, args: ContinualConfig, domain: str, model: nn.Module, tokenizer: Any, column: str):
         known, limit = len(model.get_input_embeddings().weight), longest_input(model, tokenizer)
         if len(tokenizer) > known:
             raise UserError(

@@ -14,7 +14,7 @@ import numpy as np
 from das_lm.data.streaming import TrainingStream
 from das_lm.errors import UserError
 from das_lm.files import broken_file, newest_checkpoint, write_json
-from das_lm.training.config import DASConfig
+from das_lm.training.config import ContinualConfig
 
 if TYPE_CHECKING:
     from das_lm.training.trainer import ContinualTrainer
@@ -23,7 +23,7 @@ BATCH_NAME = "batch.json"
 STREAM_NAME = "stream.json"
 
 
-def batch_of(args: DASConfig) -> dict[str, int]:
+def batch_of(args: ContinualConfig) -> dict[str, int]:
     """Return what the rows of an update step are the product of."""
     return {
         "processes": args.world_size,

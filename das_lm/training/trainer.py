@@ -44,7 +44,7 @@ class ContinualTrainer(MeasuringTrainer):
     Args:
         model: a language model, loaded with its LM head, in fp32, or its name, as for `from_pretrained`; or another
             module.
-        args: the arguments; a [`DASConfig`], or plain `TrainingArguments`. With `push_to_hub` it is
+        args: the arguments; a [`ContinualConfig`], or plain `TrainingArguments`. With `push_to_hub` it is
             [`save_model`] that pushes, whatever `hub_strategy` says.
         method: names in `das_lm.methods.METHODS`, or classes or objects of [`Method`]; one or a list, in any
             order.

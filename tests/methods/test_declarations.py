@@ -2,11 +2,13 @@
 
 import dataclasses
 import logging
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import TrainingArguments
 
+import das_lm.methods
 from das_lm import ContinualTrainer, DASConfig
 from das_lm.methods import METHODS, unread_options
 from tests.conftest import build_tokenizer, random_blocks, tiny_roberta
@@ -105,3 +107,9 @@ def test_a_method_without_effect_in_the_first_domain_says_so(name, tmp_path, cap
         assert "protect the base model: das, ema, interpolate, lwf, ncl, self_replay" in said or method.protects_base
         learn(tmp_path, method, model, 1, **options)
     assert "no effect" not in caplog.text
+
+
+def test_methods_know_the_trainer_by_its_protocol_alone():
+    """Not even for their types do they import it."""
+    for path in Path(das_lm.methods.__file__).parent.glob("*.py"):
+        assert "das_lm.training" not in path.read_text(encoding="utf-8"), path.name

@@ -84,7 +84,7 @@ def experiment_objective(
         experiment: name of it.
         method: a penalty.
         parameters: of the experiment, see `build_experiment`.
-        options: fields of [`DASConfig`], over the benchmark's `DEFAULTS`.
+        options: fields of [`ContinualConfig`], over the benchmark's `DEFAULTS`.
         epochs: passes over each task; the experiment's own if `None`.
 
     Raises:

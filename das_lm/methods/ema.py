@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights, with which a domain ends."""
+"""EMA: a moving average of the weights, with which a domain ends."""
 
 from __future__ import annotations
 

@@ -34,14 +34,12 @@ def arguments(kind: type[Method]) -> str:
 
 def table() -> str:
     """The rows, between the markers."""
-    rows = [
-        f"| [`{kind.name}`](das_lm/methods/{kind.__module__.rpartition('.')[2]}.py) | {what(kind)} | {arguments(kind)} | "
-        + " | ".join(
-            "yes" if holds else "" for holds in (kind.protects_base, kind.works_with_adapters, kind.works_sharded)
-        )
-        + " |"
-        for kind in BUILT_IN
-    ]
+    rows = []
+    for kind in BUILT_IN:
+        name = f"[`{kind.name}`](das_lm/methods/{kind.__module__.rpartition('.')[2]}.py)"
+        flags = (kind.protects_base, kind.works_with_adapters, kind.works_sharded)
+        cells = [name, what(kind), arguments(kind), *("yes" if flag else "" for flag in flags)]
+        rows.append(f"| {' | '.join(cells)} |")
     return "\n".join([BEGIN, HEADER, *rows, END])
 
 

@@ -1,85 +1,18 @@
-"""A tiny world: a word-level tokenizer, a RoBERTa of two layers, random blocks of token ids."""
+"""Fixtures of several rooms, and what holds for all tests. The tiny world that they are of is in `helpers.py`."""
 
 import gc
+import json
 import os
+import random
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here is on a hub; without this, each miss is retried for long
 
 import pytest
 import torch
-from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaForMaskedLM
+from transformers import PreTrainedTokenizerFast
 
-SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-WORDS = [f"w{i}" for i in range(59)]
-VOCABULARY = len(SPECIAL_TOKENS) + len(WORDS)
-BOS, PAD, EOS, UNK, MASK = range(len(SPECIAL_TOKENS))
-
-
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word; `<s>` before a text and `</s>` after it, as RoBERTa."""
-    ids = {word: index for index, word in enumerate(SPECIAL_TOKENS + WORDS)}
-    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", BOS), ("</s>", EOS)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        cls_token="<s>",
-        pad_token="<pad>",
-        eos_token="</s>",
-        sep_token="</s>",
-        unk_token="<unk>",
-        mask_token="<mask>",
-    )
-
-
-def tiny_roberta(dropout: float = 0.0, seed: int = 0, **overrides) -> RobertaForMaskedLM:
-    """Two layers of four heads, in training mode; the parameters are a function of `seed`."""
-    config = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 64,
-        "max_position_embeddings": 40,
-        "type_vocab_size": 1,
-        "hidden_dropout_prob": dropout,
-        "attention_probs_dropout_prob": dropout,
-        "initializer_range": 0.2,
-        "bos_token_id": BOS,
-        "pad_token_id": PAD,
-        "eos_token_id": EOS,
-    }
-    torch.manual_seed(seed)
-    return RobertaForMaskedLM(RobertaConfig(**{**config, **overrides})).train()
-
-
-def random_blocks(count: int, length: int = 12, seed: int = 0) -> Dataset:
-    """Blocks as `pack` makes them: `<s>`, random words, `</s>`; all of one length."""
-    generator = torch.Generator().manual_seed(seed)
-    words = torch.randint(len(SPECIAL_TOKENS), VOCABULARY, (count, length - 2), generator=generator).tolist()
-    return Dataset.from_dict({"input_ids": [[BOS, *row, EOS] for row in words]})
-
-
-def random_batch(lengths: list[int], seed: int = 0) -> dict[str, torch.Tensor]:
-    """A masked and padded batch with rows of the given lengths, two predicted tokens or more in each."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = (len(lengths), max(lengths))
-    attention_mask = (torch.arange(shape[1]) < torch.tensor(lengths)[:, None]).long()
-    tokens = torch.randint(len(SPECIAL_TOKENS), VOCABULARY, shape, generator=generator)
-    tokens = torch.where(attention_mask == 1, tokens, PAD)
-    predicted = (torch.rand(shape, generator=generator) < 0.3) & (attention_mask == 1)
-    predicted[:, :2] = True
-    return {
-        "input_ids": torch.where(predicted, MASK, tokens),
-        "attention_mask": attention_mask,
-        "labels": torch.where(predicted, tokens, -100),
-        "example_id": torch.arange(len(lengths)),
-    }
+from tests.helpers import WORDS, build_tokenizer, run_recipe, save_model, tiny_roberta
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -120,3 +53,57 @@ def _no_report_of_every_run():
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return build_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """A tiny model, three domains of text that use different words, and a recipe."""
+    root = tmp_path_factory.mktemp("world")
+    save_model(tiny_roberta(dropout=0.1), root / "model")
+    for number, name in enumerate(("old", "bio", "cs")):
+        draw = random.Random(number)
+        words = [f"w{index}" for index in range(20 * number, 20 * number + 19)]
+        lines = {" ".join(draw.choices(words, k=draw.randint(8, 20))) for _ in range(60)}
+        (root / f"{name}.txt").write_text("\n".join(sorted(lines)))
+    (root / "recipe.yaml").write_text(
+        f"""
+model_name_or_path: {root}/model
+output_dir: {root}/unused
+domains:
+  - {{name: bio, data: {root}/bio.txt, training: {{max_steps: 6}}}}
+  - {{name: cs, data: {root}/cs.txt}}
+measure:
+  - {{name: old, data: {root}/old.txt}}
+training: {{max_length: 24, max_steps: 4, per_device_train_batch_size: 4, importance_samples: 8, save_steps: 2,
+           learning_rate: 1e-3, disable_tqdm: true, use_cpu: true, report_to: none}}
+"""
+    )
+    return root
+
+
+@pytest.fixture(scope="module")
+def finished(world, tmp_path_factory) -> Path:
+    """The output directory of an uninterrupted run."""
+    output = tmp_path_factory.mktemp("finished") / "run"
+    assert run_recipe(world, output) == 0
+    return output
+
+
+@pytest.fixture(scope="module")
+def probes(tmp_path_factory) -> list[str]:
+    """Questions about bio, and an end-task: does a text hold w1?"""
+    root, draw = tmp_path_factory.mktemp("probes"), random.Random(0)
+    with open(root / "questions.jsonl", "w") as file:
+        for _ in range(12):
+            words = draw.sample(WORDS[:20], k=6)
+            row = {"text": f"{words[0]} ___ {words[1]}", "answer": words[2], "choices": words[2:]}
+            print(json.dumps(row), file=file)
+        print(json.dumps({"text": "no blank", "answer": "w1"}), file=file)
+    for split, count in (("train", 24), ("dev", 8), ("test", 12)):
+        with open(root / f"{split}.jsonl", "w") as file:
+            for number in range(count):
+                words = draw.sample(WORDS[2:30], k=6)
+                words[draw.randrange(6)] = WORDS[number % 2]
+                print(json.dumps({"text": " ".join(words), "label": f"c{number % 2}"}), file=file)
+    tuning = ["--end_task_seeds", "0", "1", "--end_task_epochs", "2", "--end_task_learning_rate", "1e-3"]
+    return ["--cloze", f"bio={root}/questions.jsonl", "--end_task", f"bio.first={root}", *tuning]

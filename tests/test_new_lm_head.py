@@ -14,7 +14,7 @@ from das_lm.cli import main
 from das_lm.measure.results import Results
 from das_lm.run import walk as pretrain
 from das_lm.training.trainer import ContinualTrainer
-from tests.conftest import VOCABULARY, WORDS, build_tokenizer
+from tests.helpers import VOCABULARY, WORDS, build_tokenizer
 
 SIZES = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -22,7 +22,7 @@ SIZES = {
 }  # fmt: skip
 
 
-def _save(model, directory: Path) -> Path:
+def save_model(model, directory: Path) -> Path:
     model.save_pretrained(directory)
     build_tokenizer().save_pretrained(directory)
     return directory
@@ -32,7 +32,7 @@ def _save(model, directory: Path) -> Path:
 def world(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("world")
     torch.manual_seed(0)
-    _save(BertModel(BertConfig(**SIZES)), root / "encoder")
+    save_model(BertModel(BertConfig(**SIZES)), root / "encoder")
     for number, name in enumerate(("general", "bio", "cs")):
         draw = random.Random(number)
         lines = {" ".join(draw.choices(WORDS[:16], k=14)) for _ in range(60)}
@@ -51,14 +51,14 @@ training: {{max_length: 24, max_steps: 3, per_device_train_batch_size: 8, import
     return root
 
 
-def _run(world: Path, output: Path, *options: str) -> int:
+def run_recipe(world: Path, output: Path, *options: str) -> int:
     return main(["pretrain", "--recipe", str(world / "recipe.yaml"), "--output_dir", str(output), *options])
 
 
 @pytest.fixture(scope="module")
 def finished(world, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("finished") / "run"
-    assert _run(world, output) == 0
+    assert run_recipe(world, output) == 0
     return output
 
 
@@ -91,23 +91,23 @@ def test_measuring_the_run_further_changes_nothing(world, finished, tmp_path, mo
     assert [stage["scores"] for stage in after] == [stage["scores"] for stage in before]
 
 
-@pytest.mark.parametrize("stopped", ["train_head", "copy_whole", "record", "_save"])
+@pytest.mark.parametrize("stopped", ["train_head", "copy_whole", "record", "save_model"])
 def test_a_run_that_was_interrupted_ends_the_same(world, finished, tmp_path, monkeypatch, stopped):
     where = pretrain.Walk if stopped == "record" else pretrain
     output, original, calls = tmp_path / "run", getattr(where, stopped), []
 
     def stop(*args, **kwargs):
         calls.append(args)
-        if stopped == "_save" and len(calls) < 3:  # the base in the temporary directory, and bio
+        if stopped == "save_model" and len(calls) < 3:  # the base in the temporary directory, and bio
             return original(*args, **kwargs)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(where, stopped, stop)
-        assert _run(world, output) == 130
+        assert run_recipe(world, output) == 130
     started = (output / "recipe.yaml").exists()
     assert started == (stopped != "train_head")
-    assert _run(world, output, *["--resume"] * started) == 0
+    assert run_recipe(world, output, *["--resume"] * started) == 0
     for stage in ("0-base", "1-bio", "2-cs"):
         ours, theirs = (load_file(one / stage / "model.safetensors") for one in (output, finished))
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -118,13 +118,13 @@ def test_a_damaged_base_is_told_on_resume(world, finished, tmp_path, capsys):
     shutil.copytree(finished, tmp_path / "run")
     (tmp_path / "run" / "0-base" / "config.json").write_text("{}")
     shutil.rmtree(tmp_path / "run" / "2-cs")
-    assert _run(world, tmp_path / "run", "--resume") == 2
+    assert run_recipe(world, tmp_path / "run", "--resume") == 2
     assert "0-base, the base model with its new head, is damaged: config.json" in capsys.readouterr().err
 
 
 def test_an_overwritten_run_takes_its_base_along(world, finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
-    assert _run(world, tmp_path / "run", "--overwrite_output_dir", "--new_lm_head", "1") == 0
+    assert run_recipe(world, tmp_path / "run", "--overwrite_output_dir", "--new_lm_head", "1") == 0
     ours, theirs = (load_file(one / "0-base" / "model.safetensors") for one in (tmp_path / "run", finished))
     assert any(not torch.equal(ours[name], theirs[name]) for name in theirs)
 
@@ -141,11 +141,11 @@ REFUSED = {
 def test_what_cannot_be_is_refused_before_anything_is_written(world, tmp_path, capsys, case):
     options, message = REFUSED[case]
     if case == "a head":
-        _save(BertForMaskedLM(BertConfig(**SIZES)), world / "whole")
+        save_model(BertForMaskedLM(BertConfig(**SIZES)), world / "whole")
     if case == "one matrix":
-        _save(LlamaModel(LlamaConfig(**SIZES, tie_word_embeddings=False)), world / "llama")
+        save_model(LlamaModel(LlamaConfig(**SIZES, tie_word_embeddings=False)), world / "llama")
     options = [option.replace("{world}", str(world)) for option in options]
-    assert _run(world, tmp_path / "run", *options) == 2
+    assert run_recipe(world, tmp_path / "run", *options) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 

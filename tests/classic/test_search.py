@@ -31,7 +31,7 @@ from das_lm.cli import main
 from das_lm.errors import UserError
 from das_lm.run.directory import locked
 from das_lm.run.recipe_file import load_recipe
-from tests.conftest import build_tokenizer, tiny_roberta
+from tests.helpers import build_tokenizer, tiny_roberta
 
 QUIET = Console(quiet=True)
 SMALL = Search(low=0, high=100, trials=2, confirm=5, max_evaluations=9, seed=3)

@@ -15,7 +15,7 @@ from das_lm.data.collating import PaddingCollator
 from das_lm.data.masking import MLMMasking
 from das_lm.errors import UserError
 from das_lm.randomness import addressed_seed
-from tests.conftest import BOS, EOS, MASK, PAD, SPECIAL_TOKENS, VOCABULARY, random_blocks
+from tests.helpers import BOS, EOS, MASK, PAD, SPECIAL_TOKENS, VOCABULARY, random_blocks
 
 IGNORED = -100
 

@@ -1,51 +1,21 @@
 """Packing and windows against naive re-implementations."""
 
-import random
 import warnings
 
 import pytest
 from datasets import Dataset
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from das_lm.data import packing
 from das_lm.data.packing import pack, special_tokens, windows
 from das_lm.errors import UserError
-
-WORDS = [f"w{i}" for i in range(40)] + ["é", "日本", "a"]
-SPECIAL = ["[UNK]", "[CLS]", "[SEP]", "[MASK]", "<eos>"]
-
-
-def make_tokenizer(style):
-    vocabulary = {word: i for i, word in enumerate(SPECIAL + WORDS)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    if style == "causal":
-        return PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, unk_token="[UNK]", eos_token="<eos>", model_max_length=12
-        )
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token="[UNK]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        mask_token="[MASK]",
-        model_max_length=12,
-    )
+from tests.data.helpers import make_documents, make_tokenizer
 
 
 @pytest.fixture(params=["bert", "causal"])
 def tokenizer(request):
     return make_tokenizer(request.param)
-
-
-def make_documents(count, seed=0, longest=30):
-    generator = random.Random(seed)
-    texts = [" ".join(generator.choices(WORDS, k=generator.randint(1, longest))) for _ in range(count)]
-    return Dataset.from_dict({"id": [str(i) for i in range(count)], "text": texts})
 
 
 def naive_pack(texts, tokenizer, max_length):

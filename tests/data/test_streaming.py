@@ -27,8 +27,8 @@ from das_lm.errors import UserError
 from das_lm.measure.results import Results
 from das_lm.randomness import permutation
 from das_lm.run.recipe_file import load_recipe
-from tests.conftest import WORDS, build_tokenizer, tiny_roberta
-from tests.data.test_packing import make_documents, make_tokenizer
+from tests.data.helpers import make_documents, make_tokenizer
+from tests.helpers import WORDS, build_tokenizer, tiny_roberta
 
 TOKENIZER = build_tokenizer()
 SEED = 3

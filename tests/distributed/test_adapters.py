@@ -8,9 +8,8 @@ from safetensors.torch import load_file
 
 from das_lm.cli import main
 from das_lm.measure.results import Results
-from tests.conftest import tiny_roberta
 from tests.distributed import run_in_two_processes
-from tests.run.test_walk import _save, world  # noqa: F401 (world is a fixture)
+from tests.helpers import save_model, tiny_roberta
 
 SCRIPT = """
 import sys
@@ -23,8 +22,8 @@ sys.exit(main(sys.argv[1:]))
 
 
 @pytest.mark.parametrize("how", ["merge", "stack"])
-def test_two_processes_equal_one(how, world, tmp_path):  # noqa: F811
-    model = _save(tiny_roberta(), tmp_path / "model")
+def test_two_processes_equal_one(how, world, tmp_path):
+    model = save_model(tiny_roberta(), tmp_path / "model")
     peft = {"r": 2, "target_modules": ["query", "value", "intermediate.dense"], "adapters": how}
     options = ["pretrain", "--recipe", str(world / "recipe.yaml"), "--model_name_or_path", str(model)]
     options += ["--peft", json.dumps(peft), "--optim", "sgd", "--learning_rate", "0.5", "--output_dir"]

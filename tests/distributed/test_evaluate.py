@@ -10,12 +10,10 @@ import pytest
 
 from das_lm.cli import main
 from das_lm.measure.results import Results
-from tests.end_to_end.test_command_line import ROOT
-from tests.run.test_evaluate import probes  # noqa: F401 (a fixture)
-from tests.run.test_walk import finished, world  # noqa: F401 (fixtures)
+from tests.helpers import ROOT
 
 
-def test_two_processes_measure_what_one_does(finished, probes, tmp_path):  # noqa: F811
+def test_two_processes_measure_what_one_does(finished, probes, tmp_path):
     for name in ("one", "two"):
         shutil.copytree(finished, tmp_path / name)
         shutil.rmtree(tmp_path / name / "measured")

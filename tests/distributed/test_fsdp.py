@@ -31,10 +31,9 @@ from das_lm.methods import METHODS
 from das_lm.units import Units
 from das_lm.units.sharding import local, named_parameters, own_slice, whole
 from das_lm.units.soft_mask import SoftMask
-from tests.conftest import build_tokenizer, random_batch, random_blocks, tiny_roberta
 from tests.distributed import run_in_two_processes
-from tests.model.test_causal import tiny_gpt2, tiny_llama
-from tests.run.test_walk import _save, world  # noqa: F401 (world is a fixture)
+from tests.helpers import build_tokenizer, random_batch, random_blocks, save_model, tiny_roberta
+from tests.model.helpers import tiny_gpt2, tiny_llama
 
 #: One domain. Without dropout: the views differ by drops through the gates, which are addressed by example. The masked
 #: language model has its embeddings tied to the head, GPT-2 too, and Llama not.
@@ -288,13 +287,13 @@ def walk(output, recipe, model):
 
 
 @pytest.fixture(scope="module")
-def outputs(tmp_path_factory, world):  # noqa: F811
+def outputs(tmp_path_factory, world):
     """Directories of the runs in this process with batches of 8, and in two others that shard, with 4 each."""
     directory = tmp_path_factory.mktemp("fsdp")
     one, two, recipe = directory / "one", directory / "two", str(world / "recipe.yaml")
     one.mkdir()
     two.mkdir()
-    model = str(_save(tiny_roberta(), directory / "model"))
+    model = str(save_model(tiny_roberta(), directory / "model"))
     run_in_two_processes(SCRIPT, directory, two, recipe, model)
     train(one)
     walk(str(one / "walk"), recipe, model)

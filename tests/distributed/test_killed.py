@@ -11,15 +11,13 @@ from pathlib import Path
 import pytest
 
 from das_lm.files import broken_file
-from tests.conftest import tiny_roberta
-from tests.end_to_end.test_command_line import ROOT, _losses
-from tests.run.test_walk import _run, _save, world  # noqa: F401 (a fixture)
+from tests.helpers import ROOT, run_recipe, save_model, step_losses, tiny_roberta
 
 
 class Launched:
     """A run of two gloo ranks that torchrun has started."""
 
-    def __init__(self, world: Path, output: Path, log: Path, *options: str):  # noqa: F811
+    def __init__(self, world: Path, output: Path, log: Path, *options: str):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
         command += [str(ROOT / "scripts" / "continual_pretrain.py"), "--recipe", str(world / "recipe.yaml")]
         self.log = log
@@ -47,13 +45,13 @@ class Launched:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks in /proc")
-def test_stopped_killed_and_continued_by_one_process(world, tmp_path, capsys):  # noqa: F811
+def test_stopped_killed_and_continued_by_one_process(world, tmp_path, capsys):
     """Its losses are those of a run of one process: the same rows were in every step."""
-    still = str(_save(tiny_roberta(dropout=0.0), tmp_path / "model"))  # nothing is drawn per process
+    still = str(save_model(tiny_roberta(dropout=0.0), tmp_path / "model"))  # nothing is drawn per process
     common = ["--model_name_or_path", still, "--logging_steps", "1", "--max_steps", "4", "--save_steps", "1"]
     one = [*common, "--per_device_train_batch_size", "4"]
     two = [*common, "--per_device_train_batch_size", "2"]
-    assert _run(world, tmp_path / "whole", *one) == 0
+    assert run_recipe(world, tmp_path / "whole", *one) == 0
     output = tmp_path / "run"
 
     run = Launched(world, output, tmp_path / "stopped.log", *two)
@@ -74,8 +72,8 @@ def test_stopped_killed_and_continued_by_one_process(world, tmp_path, capsys):  
     assert "das-lm: error: process 0 of 2 lost another one" in said or "das-lm: interrupted" in said, said[-3000:]
     print(f"the other ended {time.monotonic() - killed:.1f} s later")
 
-    assert _run(world, output, *two, "--resume") == 2
+    assert run_recipe(world, output, *two, "--resume") == 2
     assert "began with 4 rows per update step (2 processes × 2 per_device" in capsys.readouterr().err
-    assert _run(world, output, *one, "--resume") == 0
-    whole, continued = _losses(tmp_path / "whole"), _losses(output)
+    assert run_recipe(world, output, *one, "--resume") == 0
+    whole, continued = step_losses(tmp_path / "whole"), step_losses(output)
     assert len(whole) == 8 and continued == pytest.approx(whole, rel=1e-4)

@@ -6,8 +6,8 @@ from safetensors.torch import load_file, save_file
 
 from das_lm import ContinualTrainer, DASConfig
 from das_lm.methods import METHODS
-from tests.conftest import build_tokenizer, random_blocks, tiny_roberta
 from tests.distributed import run_in_two_processes
+from tests.helpers import build_tokenizer, random_blocks, tiny_roberta
 
 METHODS_HERE = ["ewc", "mas", "scp", "si", "rwalk", "replay", "lwf", "ema"]
 SCRIPT = """

@@ -8,11 +8,10 @@ from transformers import AutoModelForMaskedLM
 
 from das_lm.files import broken_file
 from das_lm.measure.results import Results
-from tests.end_to_end.test_command_line import ROOT
-from tests.run.test_walk import world  # noqa: F401 (a fixture)
+from tests.helpers import ROOT
 
 
-def test_two_processes_walk_a_recipe(world, tmp_path):  # noqa: F811
+def test_two_processes_walk_a_recipe(world, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [str(ROOT / "scripts" / "continual_pretrain.py"), "--recipe", str(world / "recipe.yaml")]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from das_lm import DASConfig, DASTrainer
-from tests.conftest import build_tokenizer, random_blocks, tiny_roberta
 from tests.distributed import run_in_two_processes
+from tests.helpers import build_tokenizer, random_blocks, tiny_roberta
 
 #: Without dropout: the views differ by drops through the gates, which are addressed by example.
 RUNS = {

@@ -1,6 +1,5 @@
 """The command line as a person uses it: equivalent configurations in process, the rest through real processes."""
 
-import json
 import os
 import re
 import signal
@@ -15,26 +14,13 @@ from safetensors.torch import load_file
 
 from das_lm.cli import main
 from das_lm.measure.results import Results
-from tests.conftest import tiny_roberta
-from tests.run.test_walk import _run, _save, world  # noqa: F401 (world is a fixture)
-
-ROOT = Path(__file__).parents[2]
-
-
-def _losses(output: Path) -> list[float]:
-    """The training losses of both domains, step by step."""
-    history = [
-        entry
-        for stage in ("1-bio", "2-cs")
-        for entry in json.loads((output / stage / "trainer_state.json").read_text())["log_history"]
-    ]
-    return [entry["loss"] for entry in history if "loss" in entry]
+from tests.helpers import ROOT, run_recipe, save_model, step_losses, tiny_roberta
 
 
 @pytest.fixture(scope="module")
-def still(world, tmp_path_factory) -> str:  # noqa: F811
+def still(world, tmp_path_factory) -> str:
     """The model without dropout: nothing but the drops through the gates is random."""
-    return str(_save(tiny_roberta(dropout=0.0), tmp_path_factory.mktemp("still") / "model"))
+    return str(save_model(tiny_roberta(dropout=0.0), tmp_path_factory.mktemp("still") / "model"))
 
 
 EQUIVALENT = {
@@ -50,24 +36,24 @@ EQUIVALENT = {
 
 
 @pytest.mark.parametrize("case", EQUIVALENT)
-def test_equivalent_configurations_have_one_loss_trajectory(world, still, tmp_path, case):  # noqa: F811
+def test_equivalent_configurations_have_one_loss_trajectory(world, still, tmp_path, case):
     common = ["--model_name_or_path", still, "--logging_steps", "1", "--max_steps", "4"]
     left, right = EQUIVALENT[case]
     for name, options in (("left", left), ("right", right)):
-        assert _run(world, tmp_path / name, *common, *options) == 0
-    left, right = _losses(tmp_path / "left"), _losses(tmp_path / "right")
+        assert run_recipe(world, tmp_path / name, *common, *options) == 0
+    left, right = step_losses(tmp_path / "left"), step_losses(tmp_path / "right")
     assert len(left) == len(right) == 8
     residual = torch.tensor(left) - torch.tensor(right)
     assert residual.abs().max() < 2e-4 * max(left)
     assert residual.mean().abs() < 5e-5 * max(left)  # no drift to one side
 
 
-def _command(world: Path, output: Path, *options: str) -> list[str]:  # noqa: F811
+def _command(world: Path, output: Path, *options: str) -> list[str]:
     script = ROOT / "scripts" / "continual_pretrain.py"
     return [sys.executable, str(script), "--recipe", str(world / "recipe.yaml"), "--output_dir", str(output), *options]
 
 
-def test_killed_run_resumes_to_the_same_result(world, tmp_path):  # noqa: F811
+def test_killed_run_resumes_to_the_same_result(world, tmp_path):
     """SIGKILL as soon as the second domain has its first whole checkpoint. Every run is a process of its own."""
     options = ["--max_steps", "8", "--save_steps", "2"]
     alike = {
@@ -94,7 +80,7 @@ def test_killed_run_resumes_to_the_same_result(world, tmp_path):  # noqa: F811
     assert (Results.load(tmp_path / "whole").matrix() == Results.load(output).matrix()).all()
 
 
-def test_bad_input_through_a_real_process(world, tmp_path):  # noqa: F811
+def test_bad_input_through_a_real_process(world, tmp_path):
     result = subprocess.run(
         _command(world, tmp_path / "run", "--learning_rat", "1"), capture_output=True, text=True, timeout=120
     )
@@ -133,7 +119,7 @@ def test_the_readme_command_runs_the_whole_recipe(tmp_path):
     assert set(results.intervals) == {"loss", "accuracy"} and results.integrated_loss().keys() == {"bio", "cs"}
 
 
-def test_das_lm_and_the_script_take_the_same_options(world, tmp_path, capsys):  # noqa: F811
+def test_das_lm_and_the_script_take_the_same_options(world, tmp_path, capsys):
     assert main(["pretrain", "--recipe", str(world / "recipe.yaml"), "--print_recipe", "--max_steps", "7"]) == 0
     printed = capsys.readouterr().out
     result = subprocess.run(

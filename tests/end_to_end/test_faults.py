@@ -31,10 +31,8 @@ from das_lm.run.directory import locked
 from das_lm.signals import Interrupted, Signals, check_signals
 from das_lm.training import checkpoints
 from das_lm.training.resuming import check_order
-from tests.conftest import build_tokenizer, random_blocks, tiny_roberta
 from tests.end_to_end.test_command_line import _command
-from tests.end_to_end.test_scripts import load
-from tests.run.test_walk import _run, finished, world  # noqa: F401 (fixtures)
+from tests.helpers import build_tokenizer, load_script, random_blocks, run_recipe, signal_at_step, tiny_roberta
 
 
 @pytest.fixture(autouse=True)
@@ -45,11 +43,11 @@ def _ctrl_c_is_heard():
     signal.signal(signal.SIGINT, before)
 
 
-def _finish(world: Path, output: Path, whole: Path, *options: str) -> None:  # noqa: F811
+def _finish(world: Path, output: Path, whole: Path, *options: str) -> None:
     """Let a run come to its end: weights, importance and scores are those of another, and so are the files."""
     resume = ["--resume"] if (output / "recipe.yaml").exists() else []
-    assert _run(world, output, *options, *resume) == 0
-    assert load("chaos").differences(whole, output) == []
+    assert run_recipe(world, output, *options, *resume) == 0
+    assert load_script("chaos").differences(whole, output) == []
 
 
 # ---- faults at named points --------------------------------------------------------------------------------------
@@ -83,7 +81,7 @@ POINTS: dict[str, tuple[Any, str, int, str]] = {
 }
 
 
-def _stop_at(world: Path, output: Path, monkeypatch: Any, point: tuple[Any, str, int, str]) -> None:  # noqa: F811
+def _stop_at(world: Path, output: Path, monkeypatch: Any, point: tuple[Any, str, int, str]) -> None:
     where, name, call, moment = point
     original, calls = getattr(where, name), []
 
@@ -98,16 +96,16 @@ def _stop_at(world: Path, output: Path, monkeypatch: Any, point: tuple[Any, str,
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(where, name, stop)
-        _run(world, output)
+        run_recipe(world, output)
 
 
 @pytest.mark.parametrize("point", POINTS)
-def test_a_fault_at_a_named_point_costs_nothing(world, finished, tmp_path, monkeypatch, point):  # noqa: F811
+def test_a_fault_at_a_named_point_costs_nothing(world, finished, tmp_path, monkeypatch, point):
     _stop_at(world, tmp_path / "run", monkeypatch, POINTS[point])
     _finish(world, tmp_path / "run", finished)
 
 
-def test_what_was_being_written_is_no_run_and_goes(world, finished, tmp_path):  # noqa: F811
+def test_what_was_being_written_is_no_run_and_goes(world, finished, tmp_path):
     """A real kill leaves temporary files, which no `finally` has removed."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".recipe.yaml.123.partial").write_text("model_na")
@@ -120,10 +118,10 @@ def test_what_was_being_written_is_no_run_and_goes(world, finished, tmp_path):  
 # ---- real kills --------------------------------------------------------------------------------------------------
 
 
-def test_three_real_kills_of_one_run(world, tmp_path):  # noqa: F811
+def test_three_real_kills_of_one_run(world, tmp_path):
     """SIGKILL while a checkpoint is saved, in an importance pass, and when a domain has been measured. Every run is a
     process of its own, the one that is not killed, too."""
-    chaos, output = load("chaos"), tmp_path / "run"
+    chaos, output = load_script("chaos"), tmp_path / "run"
     shown = ["--disable_tqdm", "false"]
     alike = {"env": {**os.environ, "OMP_NUM_THREADS": "1"}, "capture_output": True, "check": True, "timeout": 300}
     subprocess.run(_command(world, tmp_path / "whole", *shown), **alike)
@@ -139,12 +137,12 @@ def test_three_real_kills_of_one_run(world, tmp_path):  # noqa: F811
 # ---- two at once -------------------------------------------------------------------------------------------------
 
 
-def test_one_process_at_a_time_writes_to_a_directory(world, finished, tmp_path, capsys):  # noqa: F811
+def test_one_process_at_a_time_writes_to_a_directory(world, finished, tmp_path, capsys):
     output, names = tmp_path / "run", {path.name for path in finished.iterdir()}
     shutil.copytree(finished, output)
     with locked(output):
         for options in ("--resume", "--overwrite_output_dir"):
-            assert _run(world, output, options) == 2
+            assert run_recipe(world, output, options) == 2
             error = capsys.readouterr().err
             assert (
                 f"{output} is in use by process {os.getpid()} on {socket.gethostname()}; wait until it ends" in error
@@ -152,7 +150,7 @@ def test_one_process_at_a_time_writes_to_a_directory(world, finished, tmp_path, 
         assert main(["evaluate", "--run", str(output)]) == 2
         assert "is in use by" in capsys.readouterr().err
         assert main(["evaluate", "--run", str(output), "--output_dir", str(tmp_path / "other")]) == 0
-    assert _run(world, output, "--resume") == 0
+    assert run_recipe(world, output, "--resume") == 0
     assert {path.name for path in output.iterdir()} == names  # and no lock
 
 
@@ -185,7 +183,7 @@ def test_a_lock_ends_with_its_process_and_leaves_no_directory(tmp_path):
 @pytest.mark.parametrize(
     "name, part", [("bio", "training"), ("cs", "training"), ("cs", "held-out"), ("old", "held-out")]
 )
-def test_a_run_goes_on_with_the_text_that_it_began_with(world, finished, tmp_path, capsys, name, part):  # noqa: F811
+def test_a_run_goes_on_with_the_text_that_it_began_with(world, finished, tmp_path, capsys, name, part):
     """One document of a domain, learned or not yet, is another one; of the same size, and no newer."""
     output, path = tmp_path / "run", world / f"{name}.txt"
     shutil.copytree(finished, output)
@@ -198,7 +196,7 @@ def test_a_run_goes_on_with_the_text_that_it_began_with(world, finished, tmp_pat
         lines[at] = " ".join(reversed(lines[at].split()))
         path.write_text("\n".join(lines))
         os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-        assert _run(world, output, "--resume") == 2
+        assert run_recipe(world, output, "--resume") == 2
         error = capsys.readouterr().err
         assert "das-lm: error: --resume: the " in error
         assert f"text of domain '{name}' is not what the run began with; put it back" in error
@@ -216,24 +214,12 @@ def test_a_run_goes_on_with_the_text_that_it_began_with(world, finished, tmp_pat
 # ---- SIGTERM and Ctrl-C ------------------------------------------------------------------------------------------
 
 
-def _signal_at_step(monkeypatch: Any, number: int, step: int, times: int = 1) -> None:
-    original = ContinualTrainer.training_step
-
-    def training_step(self, *arguments):
-        if self.state.global_step + 1 == step:
-            for _ in range(times):
-                os.kill(os.getpid(), number)
-        return original(self, *arguments)
-
-    monkeypatch.setattr(ContinualTrainer, "training_step", training_step)
-
-
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_says_how_to_go_on(world, finished, tmp_path, monkeypatch, capfd, number, status):  # noqa: F811
+def test_a_signal_saves_and_says_how_to_go_on(world, finished, tmp_path, monkeypatch, capfd, number, status):
     output, before = tmp_path / "run", signal.getsignal(number)
     with monkeypatch.context() as patch:
-        _signal_at_step(patch, number, step=3)
-        assert _run(world, output) == status
+        signal_at_step(patch, number, step=3)
+        assert run_recipe(world, output) == status
     assert signal.getsignal(number) is before
     saved = output / "1-bio.training" / "checkpoint-3"  # where none was due
     assert broken_file(saved) is None
@@ -243,10 +229,10 @@ def test_a_signal_saves_and_says_how_to_go_on(world, finished, tmp_path, monkeyp
     _finish(world, output, finished)
 
 
-def test_the_second_signal_stops_at_once(world, finished, tmp_path, monkeypatch, capfd):  # noqa: F811
+def test_the_second_signal_stops_at_once(world, finished, tmp_path, monkeypatch, capfd):
     with monkeypatch.context() as patch:
-        _signal_at_step(patch, signal.SIGINT, step=3, times=2)
-        assert _run(world, tmp_path / "run") == 130
+        signal_at_step(patch, signal.SIGINT, step=3, times=2)
+        assert run_recipe(world, tmp_path / "run") == 130
     assert not (tmp_path / "run" / "1-bio.training" / "checkpoint-3").exists()
     assert "das-lm: interrupted; the same command with --resume continues" in capfd.readouterr().err
     _finish(world, tmp_path / "run", finished)
@@ -264,8 +250,8 @@ def test_a_launcher_that_passes_ctrl_c_on_is_no_second_signal(monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
 
 
-@pytest.mark.parametrize("where, name", [(DAS, "end_domain"), (ContinualTrainer, "measure"), (pretrain, "_save")])
-def test_a_signal_where_nothing_is_learned_stops_at_once(world, finished, tmp_path, monkeypatch, where, name):  # noqa: F811
+@pytest.mark.parametrize("where, name", [(DAS, "end_domain"), (ContinualTrainer, "measure"), (pretrain, "save_model")])
+def test_a_signal_where_nothing_is_learned_stops_at_once(world, finished, tmp_path, monkeypatch, where, name):
     original = getattr(where, name)
 
     def wrapper(*arguments, **options):
@@ -274,7 +260,7 @@ def test_a_signal_where_nothing_is_learned_stops_at_once(world, finished, tmp_pa
 
     with monkeypatch.context() as patch:
         patch.setattr(where, name, wrapper)
-        assert _run(world, tmp_path / "run") == 143
+        assert run_recipe(world, tmp_path / "run") == 143
     _finish(world, tmp_path / "run", finished)
 
 
@@ -294,8 +280,8 @@ def _in_callback():
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("moment", [_InDestructor, _in_callback])
-@pytest.mark.parametrize("where, name", [(pretrain, "_save"), (pretrain.Walk, "record"), (DAS, "begin_domain")])
-def test_a_signal_that_python_drops_is_heard_later(world, finished, tmp_path, monkeypatch, moment, where, name):  # noqa: F811
+@pytest.mark.parametrize("where, name", [(pretrain, "save_model"), (pretrain.Walk, "record"), (DAS, "begin_domain")])
+def test_a_signal_that_python_drops_is_heard_later(world, finished, tmp_path, monkeypatch, moment, where, name):
     original = getattr(where, name)
 
     def wrapper(*arguments, **options):
@@ -305,7 +291,7 @@ def test_a_signal_that_python_drops_is_heard_later(world, finished, tmp_path, mo
 
     with monkeypatch.context() as patch:
         patch.setattr(where, name, wrapper)
-        assert _run(world, tmp_path / "run") == 143
+        assert run_recipe(world, tmp_path / "run") == 143
     assert not (tmp_path / "run" / "2-cs").exists()
     _finish(world, tmp_path / "run", finished)
 
@@ -317,7 +303,7 @@ def test_a_signal_in_a_destructor_shows_no_traceback(capfd):
         check_signals()
 
 
-def test_ctrl_c_ends_the_reader_of_a_pipe_too(world, finished, tmp_path):  # noqa: F811
+def test_ctrl_c_ends_the_reader_of_a_pipe_too(world, finished, tmp_path):
     """`2>&1 | tee log`: neither the handler, nor progress bars, nor the last message find a reader."""
     with pytest.MonkeyPatch.context() as patch:
         before = [os.dup(number) for number in (1, 2)]
@@ -338,7 +324,7 @@ def test_ctrl_c_ends_the_reader_of_a_pipe_too(world, finished, tmp_path):  # noq
         patch.setattr(ContinualTrainer, "training_step", training_step)
         shown = ["--disable_tqdm", "false"]
         try:
-            status = _run(world, tmp_path / "run", *shown)
+            status = run_recipe(world, tmp_path / "run", *shown)
         finally:
             for number, copy in zip((1, 2), before, strict=True):
                 os.dup2(copy, number)
@@ -357,7 +343,7 @@ def test_without_a_reader_a_command_goes_on():
 
 
 @pytest.mark.parametrize("signalled", [False, True])
-def test_a_killed_worker_of_the_data_loader(world, finished, tmp_path, monkeypatch, capsys, signalled):  # noqa: F811
+def test_a_killed_worker_of_the_data_loader(world, finished, tmp_path, monkeypatch, capsys, signalled):
     """On its own it is a message; where a signal went to all processes of the job, that is what ends the run."""
     original, workers = ContinualTrainer.training_step, ["--dataloader_num_workers", "1"]
 
@@ -373,7 +359,7 @@ def test_a_killed_worker_of_the_data_loader(world, finished, tmp_path, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr(ContinualTrainer, "training_step", training_step)
-        assert _run(world, tmp_path / "run", *workers) == (143 if signalled else 2)
+        assert run_recipe(world, tmp_path / "run", *workers) == (143 if signalled else 2)
     error = capsys.readouterr().err
     assert "Traceback" not in error and "--resume" in error
     assert ("dataloader_num_workers: a worker" in error) != signalled
@@ -396,7 +382,7 @@ def test_a_trainer_of_its_own_saves_too(tmp_path, monkeypatch):
             tiny_roberta(), args, train_dataset=random_blocks(40), processing_class=build_tokenizer(), domain="bio"
         )
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as raised:
-            _signal_at_step(patch, signal.SIGINT, step=2)
+            signal_at_step(patch, signal.SIGINT, step=2)
             one.train()
         assert [path.name for path in tmp_path.glob(f"{strategy}/*")] == saved
         assert isinstance(raised.value, Interrupted) == bool(saved)
@@ -423,7 +409,7 @@ def test_ignored_signals_stay_ignored_and_forks_end():
 @pytest.mark.parametrize(
     "fails", ["1-bio/config.json", "1-bio/importance.safetensors", "1-bio/model.safetensors", "optimizer"]
 )
-def test_a_full_disk_is_a_message_and_the_run_goes_on_later(world, finished, tmp_path, capsys, fails):  # noqa: F811
+def test_a_full_disk_is_a_message_and_the_run_goes_on_later(world, finished, tmp_path, capsys, fails):
     """No file may grow past the limit, as on a full disk; nothing half-written stays under the name of a domain."""
     weights = (finished / "1-bio" / "model.safetensors").stat().st_size
     limit = weights + 1000 if fails == "optimizer" else (finished / fails).stat().st_size - 1
@@ -431,7 +417,7 @@ def test_a_full_disk_is_a_message_and_the_run_goes_on_later(world, finished, tmp
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
-        assert _run(world, output) == 2
+        assert run_recipe(world, output) == 2
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     error = capsys.readouterr().err
@@ -442,7 +428,7 @@ def test_a_full_disk_is_a_message_and_the_run_goes_on_later(world, finished, tmp
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT])
-def test_a_disk_that_takes_nothing_any_more_is_named(world, finished, tmp_path, monkeypatch, capsys, number):  # noqa: F811
+def test_a_disk_that_takes_nothing_any_more_is_named(world, finished, tmp_path, monkeypatch, capsys, number):
     output = tmp_path / "run"
     shutil.copytree(finished, output)
     (output / "forgetting.json").unlink()  # all is measured again
@@ -453,7 +439,7 @@ def test_a_disk_that_takes_nothing_any_more_is_named(world, finished, tmp_path, 
             raise OSError(number, os.strerror(number), str(target))
 
         patch.setattr(os, "replace", replace)
-        assert _run(world, output, "--resume") == 2
+        assert run_recipe(world, output, "--resume") == 2
     error = capsys.readouterr().err
     assert f"cannot write to {output}/measured" in error and os.strerror(number) in error and "--resume" in error
     assert before == {path: path.stat().st_mtime_ns for path in output.glob("[0-9]*/*")}
@@ -475,7 +461,7 @@ def _cut(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [_flip, _cut, Path.unlink])
 @pytest.mark.parametrize("steps", [[4], [2, 4]])
-def test_the_last_whole_checkpoint_is_used(world, finished, tmp_path, monkeypatch, caplog, damage, steps):  # noqa: F811
+def test_the_last_whole_checkpoint_is_used(world, finished, tmp_path, monkeypatch, caplog, damage, steps):
     output = tmp_path / "run"
     _stop_at(world, output, monkeypatch, (ContinualTrainer, "training_step", 6, "before"))
     for step in steps:
@@ -499,12 +485,12 @@ def test_the_last_whole_checkpoint_is_used(world, finished, tmp_path, monkeypatc
     assert begun[0] == whole
 
 
-def test_a_damaged_domain_is_refused_and_can_be_learned_again(world, finished, tmp_path, capsys):  # noqa: F811
+def test_a_damaged_domain_is_refused_and_can_be_learned_again(world, finished, tmp_path, capsys):
     output = tmp_path / "run"
     shutil.copytree(finished, output)
     _flip(output / "1-bio" / "model.safetensors")
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
-    assert _run(world, output, "--resume") == 2
+    assert run_recipe(world, output, "--resume") == 2
     error = capsys.readouterr().err
     assert f"{output / '1-bio'} is damaged: model.safetensors" in error and "delete it" in error
     assert before == {path: path.stat().st_mtime_ns for path in output.rglob("*")}
@@ -540,12 +526,12 @@ def test_the_same_rows_in_every_step_or_a_refusal(tmp_path):
         check_order(one, before(2, 4, 1))
 
 
-def test_another_batch_is_refused_before_anything_is_learned(world, finished, tmp_path, capsys):  # noqa: F811
+def test_another_batch_is_refused_before_anything_is_learned(world, finished, tmp_path, capsys):
     output = tmp_path / "run"
     shutil.copytree(finished, output)
     shutil.rmtree(output / "2-cs")
-    assert _run(world, output, "--resume", "--per_device_train_batch_size", "2") == 2
+    assert run_recipe(world, output, "--resume", "--per_device_train_batch_size", "2") == 2
     assert "began with 4 rows per update step (1 processes × 4 per_device" in capsys.readouterr().err
     accumulated = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"]
-    assert _run(world, output, "--resume", *accumulated) == 0
+    assert run_recipe(world, output, "--resume", *accumulated) == 0
     assert len(Results.load(output).stages) == 3

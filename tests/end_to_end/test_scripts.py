@@ -1,10 +1,7 @@
 """What the scripts compute themselves: the numbers of the built-in models, the rows of the benchmark."""
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -12,14 +9,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokeniz
 
 from das_lm.data.built_in import BASE_MODEL, CAUSAL_MODEL
 from das_lm.measure.cloze import cloze_accuracy, load_questions
-
-
-def load(name: str) -> ModuleType:
-    path = Path(__file__).parents[2] / "scripts" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from tests.helpers import load_script
 
 
 @pytest.mark.parametrize(
@@ -27,7 +17,7 @@ def load(name: str) -> ModuleType:
 )
 def test_the_readme_of_a_built_in_model_states_what_its_weights_give(folder, architecture):
     """It knows the facts of `general` when asked with new sentences, and neither bio's nor cs's."""
-    build = load("build_base_model")
+    build = load_script("build_base_model")
     model = architecture.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     table = [line.strip("| ").split(" | ") for line in (folder / "README.md").read_text().splitlines()]
@@ -41,7 +31,7 @@ def test_the_readme_of_a_built_in_model_states_what_its_weights_give(folder, arc
 
 @pytest.mark.parametrize("kind", [[], ["--causal"]], ids=["masked", "causal"])
 def test_the_benchmark_times_every_configuration(kind, tmp_path, monkeypatch, capsys):
-    benchmark, out = load("benchmark"), tmp_path / "out.json"
+    benchmark, out = load_script("benchmark"), tmp_path / "out.json"
     small = {"rounds": 1, "steps": 2, "batch_size": 2, "length": 16, "layers": 1, "vocabulary": 40}
     small = [word for key, value in small.items() for word in (f"--{key}", str(value))]
     monkeypatch.setattr(benchmark.torch, "set_num_threads", lambda count: None)
@@ -59,6 +49,6 @@ def test_the_benchmark_times_every_configuration(kind, tmp_path, monkeypatch, ca
 
 
 def test_the_benchmark_of_per_example_gradients(capsys):
-    load("benchmark").per_example(rounds=1)
+    load_script("benchmark").per_example(rounds=1)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3 and all("loop / per example" in line for line in lines[1:])

@@ -28,9 +28,8 @@ from das_lm.run.evaluate import evaluate_checkpoints
 from das_lm.run.recipe_file import load_recipe
 from das_lm.run.sweep import plan
 from das_lm.training.trainer import ContinualTrainer
-from tests.conftest import build_tokenizer, random_blocks, tiny_roberta
 from tests.fuzz.harness import Begun, nothing_trains
-from tests.run.test_walk import _run, world  # noqa: F401 (world is a fixture)
+from tests.helpers import build_tokenizer, random_blocks, run_recipe, tiny_roberta
 
 ROOT = Path(__file__).parents[2]
 SECRET = "hf_ThisTokenIsASecret0123456789"
@@ -84,7 +83,7 @@ def test_the_look_at_the_source_sees(line):
 
 
 @pytest.fixture(scope="module")
-def finished(world, tmp_path_factory):  # noqa: F811
+def finished(world, tmp_path_factory):
     """A run with a token on the command line and in the environment, its report, and all that it said."""
     output, said = tmp_path_factory.mktemp("finished") / "run", tmp_path_factory.mktemp("said") / "text"
     options = "--max_steps 2 --logging_steps 1 --report_to tensorboard --log_level debug --method das ewc replay"
@@ -96,7 +95,7 @@ def finished(world, tmp_path_factory):  # noqa: F811
     ):
         patch.setenv("HF_TOKEN", f"{SECRET}env")
         verbosity = transformers.utils.logging.get_verbosity()
-        assert _run(world, output, *options.split(), "--hub_token", SECRET) == 0
+        assert run_recipe(world, output, *options.split(), "--hub_token", SECRET) == 0
         transformers.utils.logging.set_verbosity(verbosity)
         write_report([output])
     return output, said
@@ -124,7 +123,7 @@ def _assert_no_token(*places: Path) -> None:
         assert SECRET.encode() not in path.read_bytes(), path
 
 
-def test_a_token_is_written_nowhere(finished, world, tmp_path, capfd, monkeypatch):  # noqa: F811
+def test_a_token_is_written_nowhere(finished, world, tmp_path, capfd, monkeypatch):
     _assert_no_token(*finished)
     monkeypatch.setenv("HF_TOKEN", f"{SECRET}env")
     given = {"hub_token": SECRET, "max_length": 24, "use_cpu": True}
@@ -134,7 +133,7 @@ def test_a_token_is_written_nowhere(finished, world, tmp_path, capfd, monkeypatc
     recipe = load_recipe(world / "recipe.yaml", {"training": {"hub_token": SECRET}})
     assert SECRET not in recipe.to_yaml()
     assert main(["pretrain", "--recipe", str(world / "recipe.yaml"), "--print_recipe", "--hub_token", SECRET]) == 0
-    assert _run(world, tmp_path / "x", "--hub_token", SECRET, "--max_steps", "ten") == 2
+    assert run_recipe(world, tmp_path / "x", "--hub_token", SECRET, "--max_steps", "ten") == 2
     (tmp_path / "said").write_text("".join(capfd.readouterr()))
     _assert_no_token(tmp_path)
 
@@ -165,7 +164,7 @@ def test_a_recipe_file_is_no_place_for_a_token(tmp_path, at):
     "entry",
     [f"naive: hub_token={SECRET}", f"naive: hub_token = {SECRET}", f"naive: learning_rate=1e-4 x_token={SECRET}"],
 )
-def test_a_sweep_is_no_place_for_a_token(world, tmp_path, entry, capsys):  # noqa: F811
+def test_a_sweep_is_no_place_for_a_token(world, tmp_path, entry, capsys):
     given = ["--recipe", str(world / "recipe.yaml"), "--sweep", entry, "--output_dir", str(tmp_path / "out")]
     assert main(["sweep", *given]) == 2
     error = capsys.readouterr().err
@@ -184,7 +183,7 @@ def test_a_sweep_is_no_place_for_a_token(world, tmp_path, entry, capsys):  # noq
         [f"--hub_token={SECRET}\0"],
     ],
 )
-def test_a_token_in_the_wrong_place_is_not_repeated(world, words, capsys):  # noqa: F811
+def test_a_token_in_the_wrong_place_is_not_repeated(world, words, capsys):
     assert main(["pretrain", "--recipe", str(world / "recipe.yaml"), *words]) == 2
     error = capsys.readouterr().err
     assert SECRET[1:] not in error
@@ -226,7 +225,7 @@ class Touch:
 
 
 @pytest.fixture(scope="module")
-def interrupted(world, tmp_path_factory):  # noqa: F811
+def interrupted(world, tmp_path_factory):
     """A run that stopped in its first domain, after a checkpoint."""
 
     class Interrupted(Exception):
@@ -240,19 +239,19 @@ def interrupted(world, tmp_path_factory):  # noqa: F811
     step, output = ContinualTrainer.training_step, tmp_path_factory.mktemp("interrupted") / "run"
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Interrupted):
         patch.setattr(ContinualTrainer, "training_step", stop)
-        _run(world, output)
+        run_recipe(world, output)
     return output
 
 
 @pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
-def test_a_pickle_in_a_checkpoint_is_not_executed(world, interrupted, tmp_path, file, capsys):  # noqa: F811
+def test_a_pickle_in_a_checkpoint_is_not_executed(world, interrupted, tmp_path, file, capsys):
     """Not even in one whose manifest is right; and it is told in one message."""
     output, trap = shutil.copytree(interrupted, tmp_path / "run"), tmp_path / "executed"
     (checkpoint,) = output.rglob("checkpoint-2")
     assert (checkpoint / file).is_file()
     torch.save(Touch(trap), checkpoint / file)
     seal(checkpoint)
-    assert _run(world, output, "--resume") == 2
+    assert run_recipe(world, output, "--resume") == 2
     assert not trap.exists()
     assert "checkpoint-2" in capsys.readouterr().err
     with pytest.raises(FileExistsError):  # the trap works
@@ -269,7 +268,7 @@ Tokenizer = PreTrainedTokenizerFast
 
 
 @pytest.mark.parametrize("model_type", ["roberta", "evil"])
-def test_code_beside_a_model_is_not_run(world, tmp_path, model_type, monkeypatch):  # noqa: F811
+def test_code_beside_a_model_is_not_run(world, tmp_path, model_type, monkeypatch):
     """Of a type that transformers knows, its own code is used; of another, the model is refused."""
     model, trap = shutil.copytree(world / "model", tmp_path / "model"), tmp_path / "executed"
     (model / "evil.py").write_text(EVIL.replace("PLACE", repr(str(trap))))
@@ -284,7 +283,7 @@ def test_code_beside_a_model_is_not_run(world, tmp_path, model_type, monkeypatch
     monkeypatch.setattr("builtins.input", lambda *_: "y")  # transformers asks, where nothing is said
     with nothing_trains(), contextlib.suppress(Begun):
         status = 0
-        status = _run(world, tmp_path / "out", "--model_name_or_path", str(model))
+        status = run_recipe(world, tmp_path / "out", "--model_name_or_path", str(model))
     assert status == (0 if model_type == "roberta" else 2)
     if model_type == "evil":
         assert main(["units", str(model)]) == 2
@@ -293,7 +292,7 @@ def test_code_beside_a_model_is_not_run(world, tmp_path, model_type, monkeypatch
     assert not trap.exists()
 
 
-def test_a_file_cannot_let_code_run(world, finished, tmp_path, capsys):  # noqa: F811
+def test_a_file_cannot_let_code_run(world, finished, tmp_path, capsys):
     """Neither a recipe nor that of a run; what the command line allowed is not kept for another."""
     key = "trust_remote_code: true\n"
     (tmp_path / "recipe.yaml").write_text((world / "recipe.yaml").read_text() + key)
@@ -357,7 +356,7 @@ def test_the_name_of_a_domain_is_no_path(name, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_runs_of_a_sweep_stay_in_its_directory(world, tmp_path):  # noqa: F811
+def test_the_runs_of_a_sweep_stay_in_its_directory(world, tmp_path):
     entries = ["naive: run_name=../../x,/abs,..,a/b", "das: importance=../../../x"]
     runs = plan(world / "recipe.yaml", entries, [0], tmp_path / "sweep")
     assert len(runs) == 5

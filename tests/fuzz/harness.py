@@ -15,7 +15,7 @@ from pathlib import Path
 from unittest import mock
 
 from das_lm.cli import main
-from tests.conftest import build_tokenizer, tiny_roberta
+from tests.helpers import build_tokenizer, tiny_roberta
 
 RECIPE = """\
 description: A tiny run

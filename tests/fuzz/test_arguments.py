@@ -13,8 +13,8 @@ from das_lm.run.recipe import Recipe
 from das_lm.run.recipe_file import load_recipe
 from das_lm.training.config import BOUNDS, CHOICES, DASConfig
 from das_lm.training.trainer import ContinualTrainer
-from tests.conftest import build_tokenizer, random_blocks, tiny_roberta
 from tests.fuzz.mutations import ODD_VALUES
+from tests.helpers import build_tokenizer, random_blocks, tiny_roberta
 
 FIELDS = {field.name: field for field in dataclasses.fields(DASConfig)}
 SOUND = {

@@ -16,7 +16,6 @@ from das_lm.errors import UserError
 from das_lm.methods import METHODS
 from das_lm.training.config import DASConfig
 from das_lm.training.trainer import ContinualTrainer
-from tests.conftest import build_tokenizer, random_blocks, tiny_roberta
 from tests.fuzz.harness import World
 from tests.fuzz.mutations import (
     ODD_VALUES,
@@ -29,6 +28,7 @@ from tests.fuzz.mutations import (
     bad_recipe,
     bad_tensors,
 )
+from tests.helpers import build_tokenizer, random_blocks, tiny_roberta
 
 EVERY_OPTION = [field.name for field in dataclasses.fields(DASConfig)]
 

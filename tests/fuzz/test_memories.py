@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from das_lm.errors import UserError
 from das_lm.training.config import DASConfig
 from das_lm.training.trainer import ContinualTrainer
-from tests.conftest import VOCABULARY, build_tokenizer, random_blocks, tiny_roberta
 from tests.fuzz.mutations import bad_bytes, bad_tensors
+from tests.helpers import VOCABULARY, build_tokenizer, random_blocks, tiny_roberta
 
 METHODS = {"replay": "", "agem": "", "gem": "0."}  # and what stands before the names in its file
 

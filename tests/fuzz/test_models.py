@@ -17,9 +17,9 @@ from das_lm.run.inspection import load_config
 from das_lm.run.reading import held_out_windows
 from das_lm.run.recipe import Recipe
 from das_lm.run.trainers import measuring_trainer
-from tests.conftest import WORDS, build_tokenizer, tiny_roberta
 from tests.fuzz.harness import seconds
 from tests.fuzz.mutations import bad_bytes, bad_json, bad_tensors
+from tests.helpers import WORDS, build_tokenizer, tiny_roberta
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of peft, about fields of an adapter
 

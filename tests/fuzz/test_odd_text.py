@@ -18,7 +18,7 @@ from das_lm.data.domains import Domain
 from das_lm.data.masking import labeling
 from das_lm.data.packing import pack, windows
 from das_lm.errors import UserError
-from tests.conftest import build_tokenizer
+from tests.helpers import build_tokenizer
 
 TEXTS = [
     "المعرفة السابقة تبقى كما هي بعد التعلم",

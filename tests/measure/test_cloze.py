@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, ByT5Tokenizer, GPT2Config, GPT2LMHeadMod
 from das_lm.data.built_in import BASE_MODEL
 from das_lm.errors import UserError
 from das_lm.measure.cloze import Question, Questions, cloze_accuracy, load_questions
-from tests.conftest import BOS, EOS, MASK, VOCABULARY, WORDS, build_tokenizer, tiny_roberta
+from tests.helpers import BOS, EOS, MASK, VOCABULARY, WORDS, build_tokenizer, tiny_roberta
 
 
 def random_questions(count, seed=0):

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from das_lm.errors import UserError
 from das_lm.measure import end_task
 from das_lm.measure.end_task import EndTaskConfig, Task, classification_scores, fine_tune, load_task
-from tests.conftest import BOS, EOS, VOCABULARY, build_tokenizer, tiny_roberta
+from tests.helpers import BOS, EOS, VOCABULARY, build_tokenizer, tiny_roberta
 
 CONFIG = EndTaskConfig(seeds=(0,), learning_rate=3e-3, epochs=3, batch_size=8, max_length=16)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from das_lm.methods.agem import gradient, memory_gradient
-from tests.methods.test_every_method import World, equal, parameters
+from tests.methods.helpers import World, equal, flat, parameters, random_like, set_gradient
 
 
 @pytest.fixture(params=["module", "language model"])
@@ -12,22 +12,6 @@ def learned(request, tmp_path):
     """A method that remembers a domain, with its trainer."""
     _, method = World(request.param).learn(tmp_path, "agem", domains=1)
     return method
-
-
-def flat(tensors):
-    return torch.cat([tensor.flatten() for tensor in tensors])
-
-
-def set_gradient(method, vector):
-    parameters = list(method.trainer.model.parameters())
-    for parameter, part in zip(parameters, vector.split([p.numel() for p in parameters]), strict=True):
-        parameter.grad = part.view_as(parameter).clone()
-
-
-def random_like(vector, seed=0):
-    return (
-        torch.randn(vector.shape, generator=torch.Generator().manual_seed(seed)) * vector.norm() / len(vector) ** 0.5
-    )
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0**10])

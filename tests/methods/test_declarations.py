@@ -11,8 +11,7 @@ from transformers import TrainingArguments
 import das_lm.methods
 from das_lm import ContinualTrainer, DASConfig
 from das_lm.methods import METHODS, unread_options
-from tests.conftest import build_tokenizer, random_blocks, tiny_roberta
-from tests.end_to_end.test_scripts import load
+from tests.helpers import build_tokenizer, load_script, random_blocks, tiny_roberta
 
 OWN = {one.name for one in dataclasses.fields(DASConfig)} - {one.name for one in dataclasses.fields(TrainingArguments)}
 #: With which a method reads all of its options.
@@ -118,6 +117,6 @@ def test_methods_know_the_trainer_by_its_protocol_alone():
 
 def test_the_readme_has_the_table_that_the_declarations_make():
     """`python scripts/method_table.py` writes it."""
-    method_table = load("method_table")
+    method_table = load_script("method_table")
     readme = method_table.README.read_text(encoding="utf-8")
     assert method_table.replaced(readme) == readme

@@ -8,8 +8,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from tests.run.test_walk import world  # noqa: F401 (a fixture)
-
 SHRINK = '''
 """Shrink: every weight loses a share of itself at the end of a domain."""
 
@@ -33,7 +31,7 @@ class Shrink(Method):
 '''
 
 
-def _run(world: Path, tmp_path: Path, *options: str) -> subprocess.CompletedProcess:  # noqa: F811
+def run_recipe(world: Path, tmp_path: Path, *options: str) -> subprocess.CompletedProcess:
     """The command line, where two packages bring methods: one of them does not import."""
     for name, code in (("shrink", SHRINK), ("gone", "import nowhere_to_be_found")):
         (tmp_path / f"{name}.py").write_text(code)
@@ -47,9 +45,9 @@ def _run(world: Path, tmp_path: Path, *options: str) -> subprocess.CompletedProc
     return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
 
 
-def test_a_method_of_a_package_runs_by_its_name(world, tmp_path):  # noqa: F811
+def test_a_method_of_a_package_runs_by_its_name(world, tmp_path):
     options = ["--method", "shrink", "--shrink_share", "0.25", "--learning_rate", "0", "--output_dir", "out"]
-    result = _run(world, tmp_path, *options)
+    result = run_recipe(world, tmp_path, *options)
     assert result.returncode == 0, result.stderr
     base = load_file(world / "model" / "model.safetensors")
     for stage, share in (("1-bio", 0.75), ("2-cs", 0.75**2)):
@@ -57,7 +55,7 @@ def test_a_method_of_a_package_runs_by_its_name(world, tmp_path):  # noqa: F811
         assert all(torch.allclose(weights[name], share * value) for name, value in base.items())
 
 
-def test_its_arguments_are_checked_and_a_broken_one_is_told_when_it_is_used(world, tmp_path):  # noqa: F811
+def test_its_arguments_are_checked_and_a_broken_one_is_told_when_it_is_used(world, tmp_path):
     for options, message in (
         (["--method", "shrink", "--shrink_share", "2"], "shrink_share: 2.0 must be between 0 and 1"),
         (
@@ -65,6 +63,6 @@ def test_its_arguments_are_checked_and_a_broken_one_is_told_when_it_is_used(worl
             "method 'gone', the entry point gone:Gone of the package gone-method, cannot be imported",
         ),
     ):
-        result = _run(world, tmp_path, *options, "--output_dir", "out")
+        result = run_recipe(world, tmp_path, *options, "--output_dir", "out")
         assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
         assert not (tmp_path / "out").exists()

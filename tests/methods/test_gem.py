@@ -8,8 +8,7 @@ from scipy.optimize import minimize
 from das_lm import ContinualTrainer
 from das_lm.methods.agem import gradient, memory_gradient
 from das_lm.methods.gem import multipliers
-from tests.methods.test_agem import flat, random_like, set_gradient
-from tests.methods.test_every_method import World, equal, parameters
+from tests.methods.helpers import World, equal, flat, parameters, random_like, set_gradient
 
 SHAPES = [(2, 3), (4,)]  # of two parameters
 

@@ -8,7 +8,7 @@ from das_lm import ContinualTrainer, DASConfig
 from das_lm.errors import UserError
 from das_lm.methods import NCL
 from das_lm.methods.ncl import Kronecker
-from tests.conftest import build_tokenizer, random_blocks, tiny_roberta
+from tests.helpers import build_tokenizer, random_blocks, tiny_roberta
 
 ROWS, INPUTS, OUTPUTS = 12, 3, 2
 

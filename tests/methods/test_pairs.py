@@ -10,7 +10,7 @@ from das_lm import ContinualTrainer, DASConfig
 from das_lm.errors import UserError
 from das_lm.methods import METHODS
 from das_lm.methods.penalty import Penalty
-from tests.conftest import build_tokenizer, random_blocks, tiny_roberta
+from tests.helpers import build_tokenizer, random_blocks, tiny_roberta
 
 NAMES = sorted(METHODS.keys() - {"naive", "joint"})  # these do nothing of their own
 PENALTIES = [name for name in NAMES if issubclass(METHODS[name], Penalty)]

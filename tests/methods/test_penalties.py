@@ -12,7 +12,7 @@ from das_lm.data.blocks import TrainingRows
 from das_lm.errors import UserError
 from das_lm.methods import EWC, L2, MAS, METHODS, SCP, SI, RWalk
 from das_lm.methods.penalty import Penalty
-from tests.conftest import build_tokenizer, random_blocks, tiny_roberta
+from tests.helpers import build_tokenizer, random_blocks, tiny_roberta
 
 
 class Linear(nn.Module):

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from das_lm.methods.per_example import PerExample
 from das_lm.model.objective import run_language_model
 from das_lm.units import Units
-from tests.conftest import random_batch, tiny_roberta
+from tests.helpers import random_batch, tiny_roberta
 from tests.units.test_architectures import CONFIGS, build, hooks
 
 STATISTICS = {"square": torch.square, "absolute": torch.abs}

@@ -15,8 +15,8 @@ from das_lm.methods import EMA, METHODS, Interpolate, LwF, Replay, SelfReplay
 from das_lm.methods.agem import memory_gradient
 from das_lm.methods.memory import Reservoir
 from das_lm.randomness import addressed_seed
-from tests.conftest import BOS, EOS, MASK, VOCABULARY, build_tokenizer, random_blocks, tiny_roberta
-from tests.methods.test_every_method import Classifier, equal, parameters, rows
+from tests.helpers import BOS, EOS, MASK, VOCABULARY, build_tokenizer, random_blocks, tiny_roberta
+from tests.methods.helpers import Classifier, equal, parameters, rows
 
 
 def trainer_of(directory, model, method, data, **options) -> ContinualTrainer:

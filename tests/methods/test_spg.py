@@ -7,8 +7,8 @@ from das_lm import ContinualTrainer, DASConfig
 from das_lm.classic.models import MLP
 from das_lm.methods import SPG
 from das_lm.methods.das import GRADIENT_EPOCH
-from tests.conftest import tiny_roberta
-from tests.methods.test_every_method import World, equal, parameters
+from tests.helpers import tiny_roberta
+from tests.methods.helpers import World, equal, parameters
 
 TARGETS = [("sgd", "gradient"), ("adamw_torch", "update")]
 

@@ -9,33 +9,30 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
-from safetensors.torch import load_file
-from transformers import AutoModelForMaskedLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForMaskedLM
 
 from das_lm import ContinualTrainer, DASConfig, Importance
 from das_lm.cli import main
-from das_lm.data.masking import labeling
 from das_lm.errors import UserError
 from das_lm.files import newest_checkpoint
-from das_lm.measure.end_task import EndTask
-from das_lm.measure.results import Results
 from das_lm.methods import METHODS
 from das_lm.model.objective import has_active_dropout, run_language_model
 from das_lm.units import Units, gated
 from das_lm.units.importance import measure_importance
-from tests.conftest import build_tokenizer, random_blocks, tiny_roberta
-from tests.model.test_causal import tiny_gpt2, tiny_llama
-from tests.run.test_walk import Interrupted, _run, _save, world  # noqa: F401 (world is a fixture)
+from tests.helpers import random_blocks, run_recipe, save_model, tiny_roberta
+from tests.model.helpers import (
+    ADAPTED_METHODS,
+    ROWS,
+    TOKENIZER,
+    assert_close,
+    assert_equal,
+    batch_of,
+    tiny_gpt2,
+    tiny_llama,
+    weights_of,
+)
 
-TOKENIZER = build_tokenizer()
 BUILDERS = {"roberta": tiny_roberta, "gpt2": tiny_gpt2, "llama": tiny_llama}
-#: Projections whose rows are units', as a regular expression: `c_proj` and `dense` are names of others too.
-ROWS = {
-    "roberta": r".*encoder.*(query|key|value|intermediate\.dense|layer\.\d+\.output\.dense)",
-    "gpt2": r".*(c_attn|c_fc|mlp\.c_proj)",
-    "llama": ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"],
-}
-ADAPTED_METHODS = ["agem", "das", "ema", "gem", "interpolate", "joint", "lwf", "naive", "replay", "self_replay"]
 
 
 def trainer_of(directory, model, method="naive", peft_config=None, domain="bio", **options) -> ContinualTrainer:
@@ -59,15 +56,6 @@ def trainer_of(directory, model, method="naive", peft_config=None, domain="bio",
     )
 
 
-def weights_of(model) -> dict[str, torch.Tensor]:
-    """Parameters by the names that they have in a plain model."""
-    return {
-        name.removeprefix("base_model.model.").replace(".base_layer.", "."): parameter.detach().clone()
-        for name, parameter in model.named_parameters()
-        if "lora_" not in name
-    }
-
-
 def adapter_of(model) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
@@ -86,26 +74,7 @@ def randomly_adapted(kind: str, **options) -> PeftModel:
     return model
 
 
-def batch_of(model) -> dict[str, torch.Tensor]:
-    masking = labeling(TOKENIZER, model.can_generate(), 0.3)
-    pairs = [masking(torch.tensor(row["input_ids"]).numpy(), seed) for seed, row in enumerate(random_blocks(6))]
-    ids, labels = (torch.stack([torch.as_tensor(pair[index]) for pair in pairs]) for index in (0, 1))
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-
-
-def assert_equal(ours, theirs):
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        assert torch.equal(ours[name], theirs[name]), name
-
-
-def assert_close(ours, theirs, tolerance):
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=tolerance, msg=lambda t, n=name: f"{n}: {t}")
-
-
-# ---- what is computed ----------------------------------------------------------------------------------------------
+# ---- what is computed -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", BUILDERS)
@@ -272,7 +241,7 @@ def test_a_resumed_adapter_equals_an_uninterrupted_one(tmp_path):
 
 def test_saving_and_loading_as_peft_does(tmp_path):
     """By the trainer, into a directory of PEFT; the state of the methods goes on from there with a merged model."""
-    start = _save(tiny_roberta(), tmp_path / "base")
+    start = save_model(tiny_roberta(), tmp_path / "base")
     model = AutoModelForMaskedLM.from_pretrained(start)
     trainer = trainer_of(tmp_path, model, "das", LoraConfig(r=4, bias="all"))
     trainer.train()
@@ -305,7 +274,7 @@ def test_a_model_that_has_an_adapter_goes_on_with_it(tmp_path):
     assert all(not torch.equal(before[name], tensor) for name, tensor in adapter_of(model).items())
 
 
-# ---- what is refused -----------------------------------------------------------------------------------------------
+# ---- what is refused ------------------------------------------------------------------------------------------------
 
 
 REFUSED = {
@@ -367,223 +336,12 @@ def test_another_module_takes_no_adapter(tmp_path):
         ContinualTrainer(torch.nn.Linear(2, 2), args, peft_config=LoraConfig(target_modules=["x"]))
 
 
-# ---- the walk ------------------------------------------------------------------------------------------------------
+# ---- bad input ------------------------------------------------------------------------------------------------------
 
 
-def walk(world: Path, output: Path, how: str, *options: str, **peft) -> Results:  # noqa: F811
-    adapter = {"r": 2, "target_modules": ["query", "value", "intermediate.dense"], "adapters": how, **peft}
-    assert _run(world, output, "--peft", json.dumps(adapter), *options) == 0
-    return Results.load(output)
-
-
-def tensors(path: Path) -> dict[str, torch.Tensor]:
-    return load_file(path / "adapter_model.safetensors")
-
-
-@pytest.fixture(scope="module")
-def runs(world, tmp_path_factory) -> dict[str, Path]:  # noqa: F811
-    """Uninterrupted runs of DAS over two domains."""
-    root = tmp_path_factory.mktemp("adapters")
-    for how in ("merge", "stack", "apart"):
-        walk(world, root / how, how)
-    return {how: root / how for how in ("merge", "stack", "apart")}
-
-
-def loaded(world: Path, directory: Path):  # noqa: F811
-    """A stage as its card says: by PEFT, or by transformers alone."""
-    if (directory / "adapter_config.json").is_file():
-        base = AutoModelForMaskedLM.from_pretrained(world / "model")
-        return PeftModel.from_pretrained(base, directory).merge_and_unload()
-    return AutoModelForMaskedLM.from_pretrained(directory)
-
-
-def test_merged_stages_are_whole_models_with_their_adapter_beside(world, runs):  # noqa: F811
-    source = world / "model"
-    for stage in (runs["merge"] / "1-bio", runs["merge"] / "2-cs"):
-        names = {path.name for path in stage.iterdir()}
-        assert {"model.safetensors", "config.json", "adapter", "importance.safetensors", "README.md"} <= names
-        assert {path.suffix for path in stage.rglob("*") if path.is_file()} == {".json", ".safetensors", ".md"}
-        assert {path.name for path in (stage / "adapter").iterdir()} == {
-            "adapter_config.json",
-            "adapter_model.safetensors",
-        }
-        again = PeftModel.from_pretrained(AutoModelForMaskedLM.from_pretrained(source), stage / "adapter")
-        assert_equal(weights_of(again.merge_and_unload()), weights_of(AutoModelForMaskedLM.from_pretrained(stage)))
-        source = stage
-
-
-@pytest.mark.parametrize("how", ["stack", "apart"])
-def test_other_stages_are_adapters_of_the_base_model(world, runs, how):  # noqa: F811
-    for stage in (runs[how] / "1-bio", runs[how] / "2-cs"):
-        names = {path.name for path in stage.iterdir()}
-        assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= names
-        assert not names & {"model.safetensors", "config.json", "adapter"}
-        assert {path.suffix for path in stage.iterdir()} == {".json", ".safetensors", ".md"}
-        config = json.loads((stage / "adapter_config.json").read_text())
-        assert config["base_model_name_or_path"] == str(world / "model")
-        assert AutoTokenizer.from_pretrained(stage).mask_token == "<mask>"
-        plain = AutoModelForMaskedLM.from_pretrained(stage)  # transformers looks for the base model by itself
-        batch = {name: value for name, value in batch_of(plain).items() if name != "labels"}
-        with torch.no_grad():
-            ours = loaded(world, stage).eval()(**batch).logits
-            torch.testing.assert_close(plain.eval()(**batch).logits, ours, rtol=0, atol=1e-5)
-
-
-def test_three_ways_from_one_domain_to_the_next(world, runs, tmp_path):  # noqa: F811
-    """The first domain is the same in all. Stacked, the second is what it is merged; apart, it is as without the
-    first."""
-    first = tensors(runs["merge"] / "1-bio" / "adapter")
-    assert_equal(first, tensors(runs["stack"] / "1-bio"))
-    assert_equal(first, tensors(runs["apart"] / "1-bio"))
-    second = {how: weights_of(loaded(world, runs[how] / "2-cs")) for how in runs}
-    assert_close(second["merge"], second["stack"], 2e-5)
-    assert max((second["merge"][name] - w).abs().max() for name, w in second["apart"].items()) > 1e-3
-    stacked = tensors(runs["stack"] / "2-cs")
-    for name, tensor in first.items():
-        assert torch.equal(stacked[name][:2] if ".lora_A." in name else stacked[name][:, :2], tensor)
-    walk(world, tmp_path / "naive", "apart", "--method", "naive")
-    walk(world, tmp_path / "alone", "apart", "--method", "naive", "--domain", "cs")
-    assert_equal(tensors(tmp_path / "naive" / "2-cs"), tensors(tmp_path / "alone" / "1-cs"))
-
-
-def test_what_is_measured_is_what_was_saved_and_importance_accumulates(runs):
-    matrices = {how: Results.load(run) for how, run in runs.items()}
-    for results in matrices.values():
-        assert results.stages[2]["importance_of"] == ["general", "bio", "cs"]
-        assert results.run["recipe"]["peft"]["r"] == 2
-    merge, stack, apart = (matrices[how].matrix() for how in ("merge", "stack", "apart"))
-    assert (merge[:2] == apart[:2]).all() and abs(merge - stack).max() < 1e-4 and (merge[2] != apart[2]).all()
-
-
-@pytest.mark.parametrize("use_rslora", [True, False])
-def test_stacking_adds_up(world, tmp_path, use_rslora):  # noqa: F811
-    """Ranks and factors by pattern, with √r, and with biases and a module that are trained as a whole."""
-    peft = {
-        "use_rslora": use_rslora,
-        "rank_pattern": {"query": 3},
-        "alpha_pattern": {"value": 5},
-        "bias": "lora_only",
-        "modules_to_save": ["lm_head.dense"],
-    }
-    runs = [tmp_path / how for how in ("merge", "stack")]
-    for run in runs:
-        walk(world, run, run.name, "--method", "naive", **peft)
-    one, two = (weights_of(loaded(world, run / "2-cs")) for run in runs)
-    assert_close(one, two, 2e-5)
-    start = weights_of(AutoModelForMaskedLM.from_pretrained(world / "model"))
-    query = "roberta.encoder.layer.0.attention.self.query"
-    for name in (f"{query}.weight", f"{query}.bias", "lm_head.dense.weight"):
-        assert (one[name] - start[name]).abs().max() > 1e-4, name
-    config = json.loads((tmp_path / "stack" / "2-cs" / "adapter_config.json").read_text())
-    assert config["r"] == 4 and config["rank_pattern"] == {"query": 6}
-
-
-@pytest.mark.parametrize("how", ["merge", "stack", "apart"])
-@pytest.mark.parametrize("where", ["train cs", "measure bio", "save cs"])
-def test_a_resumed_walk_equals_the_uninterrupted_one(world, runs, tmp_path, monkeypatch, how, where):  # noqa: F811
-    what, domain = where.split()
-    name = {"train": "training_step", "measure": "measure", "save": "save_model"}[what]
-    original, calls = getattr(ContinualTrainer, name), []
-
-    def interrupt(self, *args, **kwargs):
-        here = self.domain == domain or what == "measure"
-        here &= self.state.global_step == 3 if what == "train" else not kwargs.get("_internal_call")
-        calls.append(here)
-        if sum(calls) == (2 if what == "measure" else 1) and here:  # the base model is measured before
-            raise Interrupted
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(ContinualTrainer, name, interrupt)
-    output = tmp_path / "run"
-    peft = json.dumps({"r": 2, "target_modules": ["query", "value", "intermediate.dense"], "adapters": how})
-    with pytest.raises(Interrupted):
-        _run(world, output, "--peft", peft)
-    monkeypatch.undo()
-    assert _run(world, output, "--peft", peft, "--resume") == 0
-    for path in runs[how].rglob("[0-9]*/**/*.safetensors"):
-        assert_equal(load_file(path), load_file(output / path.relative_to(runs[how])))
-    assert (Results.load(output).matrix() == Results.load(runs[how]).matrix()).all()
-
-
-@pytest.mark.parametrize("method", ADAPTED_METHODS)
-def test_every_other_method_over_two_domains(method, world, tmp_path):  # noqa: F811
-    """What it keeps goes from domain to domain; the model learns, and what is no target stays as it was."""
-    small = {"memory_size": 8, "self_replay_sweeps": 2, "replay_ratio": 0.5, "ema_decay": 0.5}
-    options = [word for key, value in small.items() for word in (f"--{key}", str(value))]
-    walk(world, tmp_path / "run", "merge", "--method", method, *options)
-    before, *stages = (
-        weights_of(AutoModelForMaskedLM.from_pretrained(path))
-        for path in (world / "model", tmp_path / "run" / "1-bio", tmp_path / "run" / "2-cs")
-    )
-    for after in stages:
-        for name, weight in after.items():
-            is_target = name.endswith("weight") and any(n in name for n in ("query", "value", "intermediate.dense"))
-            assert torch.equal(weight, before[name]) != is_target, name
-        before = after
-    kept = {path.name for path in (tmp_path / "run" / "2-cs").glob("*.safetensors")} - {"model.safetensors"}
-    files = {"das": "importance", "self_replay": "selfreplay", **{n: n for n in ("agem", "gem", "replay", "lwf")}}
-    assert kept == ({f"{files[method]}.safetensors"} if method in files else set())
-
-
-def test_self_replay_teaches_by_the_base_model_in_the_second_domain_too(world, tmp_path):  # noqa: F811
-    options = ["--method", "self_replay", "--self_replay_target", "distributions", "--memory_size", "8"]
-    walk(world, tmp_path / "run", "merge", *options, "--self_replay_sweeps", "1", "--replay_ratio", "0.5")
-    first, second = (load_file(tmp_path / "run" / stage / "selfreplay.safetensors") for stage in ("1-bio", "2-cs"))
-    assert_equal(first, second)
-    name = "roberta.encoder.layer.0.attention.self.query.base_layer.weight"
-    base = AutoModelForMaskedLM.from_pretrained(world / "model").state_dict()
-    assert torch.equal(second[f"teacher.base_model.model.{name}"], base[name.replace("base_layer.", "")])
-
-
-@pytest.mark.parametrize("how", ["merge", "stack", "apart"])
-def test_evaluating_such_runs(world, runs, tmp_path, how, monkeypatch):  # noqa: F811
-    """All that was measured is read; end-tasks start from the sum of model and adapter."""
-    run, seen = shutil.copytree(runs[how], tmp_path / how), []
-    monkeypatch.setattr(ContinualTrainer, "measure", lambda *_: pytest.fail("measured again"))
-
-    def fine_tune(path, task, config):
-        seen.append(weights_of(AutoModelForMaskedLM.from_pretrained(path)))
-        AutoTokenizer.from_pretrained(path)
-        return EndTask(task, [0], [1], torch.zeros(1, len(task.test), dtype=torch.long).numpy(), len(task.train))
-
-    monkeypatch.setattr("das_lm.run.evaluate.fine_tune", fine_tune)
-    task = tmp_path / "task"
-    task.mkdir()
-    for split in ("train", "dev", "test"):
-        rows = [{"text": f"w{number} w{number + 1}", "label": str(number % 2)} for number in range(6)]
-        (task / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert main(["evaluate", "--run", str(run), "--end_task", f"bio={task}", "--end_task_seeds", "0"]) == 0
-    assert (Results.load(run).matrix() == Results.load(runs[how]).matrix()).all()
-    for weights, stage in zip(seen[1:], ("1-bio", "2-cs"), strict=True):
-        assert_close(weights, weights_of(loaded(world, runs[how] / stage)), 1e-7)
-
-
-def test_any_adapters_are_checkpoints_and_a_base_model(world, runs, tmp_path):  # noqa: F811
-    run = runs["stack"]
-    options = ["--checkpoint", f"base={world}/model", "--checkpoint", f"bio={run}/1-bio", "--max_length", "24"]
-    options += ["--domain", f"old={world}/old.txt", "--output_dir", str(tmp_path / "measured")]
-    assert main(["evaluate", *options]) == 0
-    ours = Results.load(tmp_path / "measured").matrix()
-    assert ours[:, 0] == pytest.approx(Results.load(run).matrix()[:2, 0], abs=1e-9)
-    assert _run(world, tmp_path / "next", "--model_name_or_path", str(run / "2-cs"), "--domain", "bio") == 0
-    assert Results.load(tmp_path / "next").matrix()[0] == pytest.approx(Results.load(run).matrix()[2, :2], abs=1e-6)
-    assert Results.load(tmp_path / "next").stages[1]["importance_of"] == ["general", "bio", "cs", "bio"]
-
-
-def test_the_card_says_how_to_load_an_adapter(world, runs):  # noqa: F811
-    card = (runs["stack"] / "2-cs" / "README.md").read_text()
-    assert 'PeftModel.from_pretrained(AutoModelForMaskedLM.from_pretrained("model"), "2-cs")' in card
-    assert "library_name: peft" in card and "| `peft.r` | 2 |" in card
-    card = (runs["merge"] / "2-cs" / "README.md").read_text()
-    assert "library_name: transformers" in card and "import PeftModel" not in card
-
-
-# ---- bad input -----------------------------------------------------------------------------------------------------
-
-
-def refused(world: Path, output: Path, capsys, *options: str) -> str:  # noqa: F811
+def refused(world: Path, output: Path, capsys, *options: str) -> str:
     capsys.readouterr()
-    assert _run(world, output, *options) == 2
+    assert run_recipe(world, output, *options) == 2
     error = capsys.readouterr().err
     assert "Traceback" not in error and not output.exists()
     return error
@@ -607,11 +365,11 @@ def refused(world: Path, output: Path, capsys, *options: str) -> str:  # noqa: F
         ("{}", ["--non_unit_lr_scale", "0"], "non_unit_lr_scale"),
     ],
 )
-def test_bad_adapters_are_one_message_and_status_2(world, tmp_path, capsys, peft, options, phrase):  # noqa: F811
+def test_bad_adapters_are_one_message_and_status_2(world, tmp_path, capsys, peft, options, phrase):
     assert phrase in refused(world, tmp_path / "run", capsys, "--peft", peft, *options)
 
 
-def test_embeddings_of_new_tokens_belong_to_no_adapter(world, tmp_path, capsys):  # noqa: F811
+def test_embeddings_of_new_tokens_belong_to_no_adapter(world, tmp_path, capsys):
     recipe = (world / "recipe.yaml").read_text().replace("cs.txt}", "cs.txt, add_tokens: 3}")
     (tmp_path / "recipe.yaml").write_text(recipe)
     options = ["--recipe", str(tmp_path / "recipe.yaml"), "--output_dir", str(tmp_path / "run")]
@@ -619,7 +377,7 @@ def test_embeddings_of_new_tokens_belong_to_no_adapter(world, tmp_path, capsys):
     assert "'cs': add_tokens" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
-def test_4_bits_need_bitsandbytes(world, tmp_path, capsys, monkeypatch):  # noqa: F811
+def test_4_bits_need_bitsandbytes(world, tmp_path, capsys, monkeypatch):
     find = importlib.util.find_spec
     absent = lambda name, *rest: None if name == "bitsandbytes" else find(name, *rest)  # noqa: E731
     monkeypatch.setattr(importlib.util, "find_spec", absent)
@@ -627,7 +385,7 @@ def test_4_bits_need_bitsandbytes(world, tmp_path, capsys, monkeypatch):  # noqa
     assert "pip install bitsandbytes" in refused(world, tmp_path / "run", capsys, "--peft", peft)
 
 
-def test_a_quantized_base_at_full_weights(world, tmp_path, capsys):  # noqa: F811
+def test_a_quantized_base_at_full_weights(world, tmp_path, capsys):
     shutil.copytree(world / "model", tmp_path / "base")
     config = json.loads((tmp_path / "base" / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
@@ -637,35 +395,35 @@ def test_a_quantized_base_at_full_weights(world, tmp_path, capsys):  # noqa: F81
     assert "without loss" in refused(world, tmp_path / "run", capsys, *model, "--peft", '{"adapters": "stack"}')
 
 
-def _deeper(directory: Path, world: Path) -> str:  # noqa: F811
-    _save(tiny_roberta(num_hidden_layers=1), world)
+def _deeper(directory: Path, world: Path) -> str:
+    save_model(tiny_roberta(num_hidden_layers=1), world)
     return "another model"
 
 
-def _wider(directory: Path, world: Path) -> str:  # noqa: F811
-    _save(tiny_roberta(hidden_size=16), world)
+def _wider(directory: Path, world: Path) -> str:
+    save_model(tiny_roberta(hidden_size=16), world)
     return "does not fit its model"
 
 
-def _gone(directory: Path, world: Path) -> str:  # noqa: F811
+def _gone(directory: Path, world: Path) -> str:
     shutil.rmtree(world)
     return "cannot be loaded"
 
 
-def _truncated(directory: Path, world: Path) -> str:  # noqa: F811
+def _truncated(directory: Path, world: Path) -> str:
     path = directory / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:100])
     return "broken"
 
 
-def _nameless(directory: Path, world: Path) -> str:  # noqa: F811
+def _nameless(directory: Path, world: Path) -> str:
     path = directory / "adapter_config.json"
     path.write_text(path.read_text().replace(json.dumps(str(world)), "null"))
     return "base_model_name_or_path"
 
 
 @pytest.mark.parametrize("damage", [_deeper, _wider, _gone, _truncated, _nameless])
-def test_an_adapter_without_its_model(world, runs, tmp_path, capsys, damage):  # noqa: F811
+def test_an_adapter_without_its_model(world, runs, tmp_path, capsys, damage):
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     shutil.copytree(world / "model", base)
     shutil.copytree(runs["stack"] / "2-cs", adapter)
@@ -675,8 +433,8 @@ def test_an_adapter_without_its_model(world, runs, tmp_path, capsys, damage):  #
     assert phrase in refused(world, tmp_path / "run", capsys, "--model_name_or_path", str(adapter))
 
 
-def test_an_adapter_of_another_model(world, runs, tmp_path, capsys):  # noqa: F811
-    other = _save(tiny_roberta(seed=1), tmp_path / "other")
+def test_an_adapter_of_another_model(world, runs, tmp_path, capsys):
+    other = save_model(tiny_roberta(seed=1), tmp_path / "other")
     options = ["--checkpoint", f"base={other}", "--checkpoint", f"bio={runs['stack']}/1-bio"]
     options += ["--domain", f"old={world}/old.txt", "--output_dir", str(tmp_path / "measured"), "--max_length", "24"]
     assert main(["evaluate", *options]) == 2
@@ -685,28 +443,3 @@ def test_an_adapter_of_another_model(world, runs, tmp_path, capsys):  # noqa: F8
     assert not (tmp_path / "measured" / "forgetting.json").exists()
     options = ["--model_name_or_path", str(runs["stack"] / "2-cs"), "--peft", '{"adapters": "stack"}']
     assert "is an adapter itself" in refused(world, tmp_path / "run", capsys, *options)
-
-
-# ---- QLoRA ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
-def test_qlora(world, tmp_path):  # noqa: F811
-    """Adapters of a model of 4 bits: the walk, and measuring again."""
-    _save(tiny_roberta(hidden_size=64, intermediate_size=128), tmp_path / "base")
-    options = ["--model_name_or_path", str(tmp_path / "base"), "--learning_rate", "1e-2"]
-    results = walk(world, tmp_path / "run", "apart", *options, load_in_4bit=True)
-    matrix = results.matrix()
-    assert matrix[1, 1] < matrix[0, 1] and matrix[2, 2] < matrix[0, 2]
-    assert results.stages[2]["importance_of"] == ["general", "bio", "cs"]
-    assert main(["evaluate", "--run", str(tmp_path / "run")]) == 0
-    assert (Results.load(tmp_path / "run").matrix() == matrix).all()
-
-
-def test_causal_models_walk_too(world, tmp_path):  # noqa: F811
-    _save(tiny_llama(), tmp_path / "llama")
-    adapter = json.dumps({"r": 2, "target_modules": ROWS["llama"], "adapters": "stack"})
-    options = ["--model_name_or_path", str(tmp_path / "llama"), "--peft", adapter, "--max_length", "16"]
-    assert _run(world, tmp_path / "run", *options) == 0
-    model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tmp_path / "llama"), tmp_path / "run" / "2-cs")
-    assert model.active_peft_config.r == 4 and model.active_peft_config.task_type == "CAUSAL_LM"

@@ -18,10 +18,6 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
@@ -33,27 +29,8 @@ from das_lm.data.masking import IGNORED, NextTokens
 from das_lm.errors import UserError
 from das_lm.measure.results import Results
 from das_lm.methods import METHODS
-from tests.conftest import BOS, EOS, PAD, VOCABULARY, build_tokenizer, random_blocks, tiny_roberta
-
-SHAPE = {"vocab_size": VOCABULARY, "bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
-
-
-def tiny_gpt2(seed: int = 0, dropout: float = 0.0) -> GPT2LMHeadModel:
-    torch.manual_seed(seed)
-    rates = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout)
-    shape = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 40, "initializer_range": 0.2}
-    return GPT2LMHeadModel(GPT2Config(**SHAPE, **shape, **rates)).train()
-
-
-LLAMA_SHAPE = {
-    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 40, "initializer_range": 0.2,
-}  # fmt: skip
-
-
-def tiny_llama(seed: int = 0) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(**SHAPE, **LLAMA_SHAPE)).train()
+from tests.helpers import BOS, EOS, PAD, VOCABULARY, build_tokenizer, random_blocks, tiny_roberta
+from tests.model.helpers import LLAMA_SHAPE, SHAPE, tiny_gpt2, tiny_llama
 
 
 def tiny_qwen2(seed: int = 0) -> Qwen2ForCausalLM:

@@ -18,7 +18,7 @@ from das_lm.methods import METHODS
 from das_lm.report.card import NOT_PUSHED, model_card
 from das_lm.training.config import DASConfig
 from das_lm.training.trainer import ContinualTrainer
-from tests.conftest import build_tokenizer, random_blocks, tiny_roberta
+from tests.helpers import build_tokenizer, random_blocks, tiny_roberta
 
 TOKEN = "hf_aVerySecretToken"
 

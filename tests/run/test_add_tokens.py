@@ -13,7 +13,7 @@ from das_lm.cli import main
 from das_lm.data.built_in import BASE_MODEL
 from das_lm.measure.results import Results
 from das_lm.training.trainer import ContinualTrainer
-from tests.conftest import tiny_roberta
+from tests.helpers import tiny_roberta
 
 WORDS = {
     "old": ["morning", "market", "village", "council", "weather", "station", "football", "season", "winter", "report"],
@@ -62,14 +62,14 @@ training: {{max_length: 32, max_steps: 4, per_device_train_batch_size: 4, import
     return root
 
 
-def _run(world: Path, output: Path, *options: str) -> int:
+def run_recipe(world: Path, output: Path, *options: str) -> int:
     return main(["pretrain", "--recipe", str(world / "recipe.yaml"), "--output_dir", str(output), *options])
 
 
 @pytest.fixture(scope="module")
 def finished(world, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("finished") / "run"
-    assert _run(world, output) == 0
+    assert run_recipe(world, output) == 0
     return output
 
 
@@ -108,8 +108,8 @@ def test_interrupted_equals_uninterrupted(world, finished, tmp_path, monkeypatch
 
     with monkeypatch.context() as patch:
         patch.setattr(ContinualTrainer, "training_step", interrupted)
-        assert _run(world, tmp_path / "run") == 130
-    assert _run(world, tmp_path / "run", "--resume") == 0
+        assert run_recipe(world, tmp_path / "run") == 130
+    assert run_recipe(world, tmp_path / "run", "--resume") == 0
     for file in ("model.safetensors", "importance.safetensors"):
         left, right = (load_file(directory / "2-cs" / file) for directory in (tmp_path / "run", finished))
         assert left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
@@ -136,5 +136,5 @@ def test_what_is_refused(world, tmp_path, capsys, options, message):
 
 def test_embeddings_in_slices_do_not_grow(world, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("das_lm.run.reading.is_sharded", lambda model: True)
-    assert _run(world, tmp_path / "run") == 2
+    assert run_recipe(world, tmp_path / "run") == 2
     assert "domain 'bio': add_tokens: fsdp has cut the embeddings" in capsys.readouterr().err

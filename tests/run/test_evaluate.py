@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import random
 import resource
 import shutil
 import tempfile
@@ -20,32 +19,11 @@ from das_lm.cli import main
 from das_lm.measure.results import FILE_NAME, Results
 from das_lm.run import evaluate as module
 from das_lm.training.trainer import ContinualTrainer
-from tests.conftest import BOS, EOS, MASK, WORDS, build_tokenizer
-from tests.run.test_walk import finished, world  # noqa: F401 (fixtures)
-
-
-@pytest.fixture(scope="module")
-def probes(tmp_path_factory) -> list[str]:
-    """Questions about bio, and an end-task: does a text hold w1?"""
-    root, draw = tmp_path_factory.mktemp("probes"), random.Random(0)
-    with open(root / "questions.jsonl", "w") as file:
-        for _ in range(12):
-            words = draw.sample(WORDS[:20], k=6)
-            row = {"text": f"{words[0]} ___ {words[1]}", "answer": words[2], "choices": words[2:]}
-            print(json.dumps(row), file=file)
-        print(json.dumps({"text": "no blank", "answer": "w1"}), file=file)
-    for split, count in (("train", 24), ("dev", 8), ("test", 12)):
-        with open(root / f"{split}.jsonl", "w") as file:
-            for number in range(count):
-                words = draw.sample(WORDS[2:30], k=6)
-                words[draw.randrange(6)] = WORDS[number % 2]
-                print(json.dumps({"text": " ".join(words), "label": f"c{number % 2}"}), file=file)
-    tuning = ["--end_task_seeds", "0", "1", "--end_task_epochs", "2", "--end_task_learning_rate", "1e-3"]
-    return ["--cloze", f"bio={root}/questions.jsonl", "--end_task", f"bio.first={root}", *tuning]
+from tests.helpers import BOS, EOS, MASK, build_tokenizer
 
 
 @pytest.fixture
-def run(finished, tmp_path) -> Path:  # noqa: F811
+def run(finished, tmp_path) -> Path:
     shutil.copytree(finished, tmp_path / "run")
     return tmp_path / "run"
 
@@ -98,7 +76,7 @@ def test_all_measures_and_cached_equals_fresh(run, probes, monkeypatch, capsys):
     assert _read(run) == fresh
 
 
-def test_further_text_and_another_directory(run, world, tmp_path):  # noqa: F811
+def test_further_text_and_another_directory(run, world, tmp_path):
     before = _read(run)
     options = ["--domain", f"law={world}/old.txt", "--output_dir", str(tmp_path / "other")]
     assert main(["evaluate", "--run", str(run), *options]) == 0
@@ -110,7 +88,7 @@ def test_further_text_and_another_directory(run, world, tmp_path):  # noqa: F811
         assert new["scores"]["law"] == new["scores"]["old"]  # the same text by another name
 
 
-def test_the_page_shows_what_is_measured_now(run, world):  # noqa: F811
+def test_the_page_shows_what_is_measured_now(run, world):
     law = ["evaluate", "--run", str(run), "--domain", f"law={world}/old.txt"]
     assert main(law) == 0
     assert not (run / "report.html").exists()  # none was wanted
@@ -121,7 +99,7 @@ def test_the_page_shows_what_is_measured_now(run, world):  # noqa: F811
     )
 
 
-def test_a_name_is_no_markup(run, world, tmp_path, capsys):  # noqa: F811
+def test_a_name_is_no_markup(run, world, tmp_path, capsys):
     """Rich knows no tag of such a name, and a terminal would obey it."""
     output, name = tmp_path / "a[/b]", "a[/b]\x1b[2J"
     options = ["--checkpoint", f"base={world}/model", "--checkpoint", f"{name}={run}/1-bio", "--max_length", "24"]
@@ -130,7 +108,7 @@ def test_a_name_is_no_markup(run, world, tmp_path, capsys):  # noqa: F811
     assert "\x1b" not in printed and "a[/b]?[2J" in printed and f"Results: {output}/forgetting.json" in printed
 
 
-def test_any_checkpoints(run, world, tmp_path):  # noqa: F811
+def test_any_checkpoints(run, world, tmp_path):
     output = tmp_path / "measured"
     checkpoints = {"base": world / "model", "bio": run / "1-bio", "cs": run / "2-cs"}
     options = [part for name, path in checkpoints.items() for part in ("--checkpoint", f"{name}={path}")]
@@ -144,7 +122,7 @@ def test_any_checkpoints(run, world, tmp_path):  # noqa: F811
         assert ours["scores"]["bio"]["documents"] > theirs["scores"]["bio"]["documents"]  # all of it is held out
 
 
-def test_pseudo_perplexity_is_one_mask_at_a_time(run, world):  # noqa: F811
+def test_pseudo_perplexity_is_one_mask_at_a_time(run, world):
     assert main(["evaluate", "--run", str(run), "--pseudo_perplexity", "1000"]) == 0
     model = AutoModelForMaskedLM.from_pretrained(run / "2-cs").eval()
     nats, tokens = 0.0, 0
@@ -209,7 +187,7 @@ def test_a_run_that_is_not_finished_is_refused(run, capsys):
     assert "not finished, 'cs' is missing" in capsys.readouterr().err
 
 
-def test_a_checkpoint_that_is_gone_or_has_no_tokenizer_is_named(run, world, tmp_path, capsys):  # noqa: F811
+def test_a_checkpoint_that_is_gone_or_has_no_tokenizer_is_named(run, world, tmp_path, capsys):
     (run / "2-cs" / "tokenizer.json").unlink()
     assert main(["evaluate", "--run", str(run)]) == 2
     assert "2-cs is not there or not whole" in capsys.readouterr().err
@@ -218,7 +196,7 @@ def test_a_checkpoint_that_is_gone_or_has_no_tokenizer_is_named(run, world, tmp_
     assert "tokenizer" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-def test_the_results_of_another_run_stay(run, world, tmp_path, capsys):  # noqa: F811
+def test_the_results_of_another_run_stay(run, world, tmp_path, capsys):
     """Also where they are all that is left of it."""
     other = tmp_path / "other"
     other.mkdir()
@@ -250,7 +228,7 @@ def test_a_killed_worker_is_one_message(run, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("limit", [200, 3_000])
-def test_a_full_disk_is_one_message(run, world, capsys, limit):  # noqa: F811
+def test_a_full_disk_is_one_message(run, world, capsys, limit):
     """No file may grow past the limit: one of the cache, or the results."""
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     shutil.rmtree(run / "measured")  # all is measured again
@@ -268,7 +246,7 @@ def test_a_full_disk_is_one_message(run, world, capsys, limit):  # noqa: F811
 
 
 @pytest.mark.parametrize("command", ["evaluate --run", "pretrain --output_dir"])
-def test_no_temporary_directory_is_one_message(run, world, monkeypatch, capsys, command):  # noqa: F811
+def test_no_temporary_directory_is_one_message(run, world, monkeypatch, capsys, command):
     def none():
         raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
 

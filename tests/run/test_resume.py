@@ -15,10 +15,7 @@ from das_lm.run.recipe_file import load_recipe
 from das_lm.training.config import DASConfig
 from das_lm.training.resuming import check_length
 from das_lm.training.trainer import ContinualTrainer
-from tests.conftest import build_tokenizer, random_blocks, tiny_roberta
-from tests.end_to_end.test_faults import _signal_at_step
-from tests.end_to_end.test_scripts import load
-from tests.run.test_walk import _run, world  # noqa: F401 (fixture)
+from tests.helpers import build_tokenizer, load_script, random_blocks, run_recipe, signal_at_step, tiny_roberta
 
 RECIPE = """\
 model_name_or_path: built-in
@@ -136,35 +133,35 @@ def test_longer_where_the_learning_rate_up_to_here_is_the_same(schedule, step, m
 
 
 @pytest.fixture(scope="module")
-def lengthened(world, tmp_path_factory):  # noqa: F811
+def lengthened(world, tmp_path_factory):
     """A run of 6 steps that was stopped in its third, and went on to 8; and one of 8."""
     root = tmp_path_factory.mktemp("lengthened")
     options = ["--method", "naive", "--domain", "bio", "--lr_scheduler_type", "constant"]
     with pytest.MonkeyPatch.context() as patch:
-        _signal_at_step(patch, signal.SIGTERM, step=3)
-        assert _run(world, root / "run", *options, "--max_steps", "6") == 143
+        signal_at_step(patch, signal.SIGTERM, step=3)
+        assert run_recipe(world, root / "run", *options, "--max_steps", "6") == 143
     assert newest_checkpoint(root / "run" / "1-bio.training").name == "checkpoint-3"
-    assert _run(world, root / "run", *options, "--max_steps", "8", "--resume", "--logging_steps", "1") == 0
-    assert _run(world, root / "whole", *options, "--max_steps", "8", "--logging_steps", "1") == 0
+    assert run_recipe(world, root / "run", *options, "--max_steps", "8", "--resume", "--logging_steps", "1") == 0
+    assert run_recipe(world, root / "whole", *options, "--max_steps", "8", "--logging_steps", "1") == 0
     return root, options
 
 
-def test_longer_is_as_if_it_had_begun_so(lengthened, world, capsys):  # noqa: F811
+def test_longer_is_as_if_it_had_begun_so(lengthened, world, capsys):
     root, options = lengthened
-    assert load("chaos").differences(root / "whole", root / "run") == []
+    assert load_script("chaos").differences(root / "whole", root / "run") == []
     assert yaml.safe_load((root / "run" / "recipe.yaml").read_text())["training"]["max_steps"] == 8
-    assert _run(world, root / "run", *options, "--max_steps", "6", "--resume") == 2
+    assert run_recipe(world, root / "run", *options, "--max_steps", "6", "--resume") == 2
     assert "'bio' is learned, with max_steps 8, not max_steps 6" in capsys.readouterr().err
 
 
-def test_the_environment_decides_about_precision_and_is_told(lengthened, world, monkeypatch, capsys):  # noqa: F811
+def test_the_environment_decides_about_precision_and_is_told(lengthened, world, monkeypatch, capsys):
     root, options = lengthened
     facts = Results.load(root / "whole")
     assert facts.run["precision"] == {"mixed": "no", "float32": "ieee", "compiler": "no"}
     assert ["precision", "mixed no, float32 ieee, compiler no"] in _facts(facts)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")  # which the Trainer does not read
-    assert _run(world, root / "whole", *options, "--max_steps", "8", "--resume") == 2
+    assert run_recipe(world, root / "whole", *options, "--max_steps", "8", "--resume") == 2
     message = "--resume: the precision was mixed no, float32 ieee, compiler no, and would be mixed bf16, float32 ieee"
     assert message in capsys.readouterr().err
     with pytest.raises(UserError, match="--run .*: the precision was mixed no"):

@@ -11,8 +11,8 @@ from das_lm.cli import main
 from das_lm.errors import UserError
 from das_lm.measure.results import Results
 from das_lm.run.sweep import parse_entry
+from das_lm.signals import Interrupted
 from das_lm.training.trainer import ContinualTrainer
-from tests.run.test_walk import Interrupted, world  # noqa: F401
 
 ENTRIES = ("--sweep", "naive: learning_rate=1e-3,1e-2", "--sweep", "das: learning_rate=1e-3,1e-2 contrast_weight=0")
 RUNS = [
@@ -23,7 +23,7 @@ RUNS = [
 ]
 
 
-def run(world: Path, output: Path, *options: str, entries: tuple[str, ...] = ENTRIES) -> int:  # noqa: F811
+def run(world: Path, output: Path, *options: str, entries: tuple[str, ...] = ENTRIES) -> int:
     fixed = ("--recipe", str(world / "recipe.yaml"), "--output_dir", str(output), "--max_steps", "2", "--seeds", "5")
     return main(["sweep", *fixed, *entries, *options])
 
@@ -49,7 +49,7 @@ def reports():
 
 
 @pytest.fixture(scope="module")
-def finished(world, tmp_path_factory) -> Path:  # noqa: F811
+def finished(world, tmp_path_factory) -> Path:
     """The output directory of an uninterrupted sweep."""
     output = tmp_path_factory.mktemp("finished") / "sweep"
     assert run(world, output) == 0
@@ -74,14 +74,14 @@ def test_every_combination_is_run_and_compared(finished, reports):
     assert ([finished], finished) in reports
 
 
-def test_a_run_is_that_of_pretrain(world, finished, tmp_path):  # noqa: F811
+def test_a_run_is_that_of_pretrain(world, finished, tmp_path):
     options = ["--method", "naive", "--learning_rate", "0.01", "--max_steps", "2", "--seed", "5"]
     command = ["pretrain", "--recipe", str(world / "recipe.yaml"), "--output_dir", str(tmp_path / "run"), *options]
     assert main(command) == 0
     assert Results.load(tmp_path / "run").matrix().tolist() == matrices(finished)["naive-learning_rate=0.01/seed-5"]
 
 
-def test_the_same_command_goes_on_where_it_was_interrupted(world, finished, tmp_path, monkeypatch):  # noqa: F811
+def test_the_same_command_goes_on_where_it_was_interrupted(world, finished, tmp_path, monkeypatch):
     """Interrupted in the second domain of the third run; the finished ones are not touched."""
     trained = []
     step = ContinualTrainer.training_step
@@ -103,7 +103,7 @@ def test_the_same_command_goes_on_where_it_was_interrupted(world, finished, tmp_
     assert first == {path: path.stat().st_mtime_ns for path in first}
 
 
-def test_a_finished_sweep_trains_nothing_and_grows(world, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_a_finished_sweep_trains_nothing_and_grows(world, tmp_path, monkeypatch, capsys):
     entries = ("--sweep", "naive: learning_rate=1e-3")
     assert run(world, tmp_path, "--keep_models", entries=entries) == 0
     directory = tmp_path / RUNS[2] / "seed-5"
@@ -121,7 +121,7 @@ def test_a_finished_sweep_trains_nothing_and_grows(world, tmp_path, monkeypatch,
     ]
 
 
-def test_a_run_that_fails_is_named_and_does_not_stop_the_others(world, tmp_path, capsys):  # noqa: F811
+def test_a_run_that_fails_is_named_and_does_not_stop_the_others(world, tmp_path, capsys):
     entries = ("--sweep", "naive: learning_rate=1e30,1e-3")
     assert run(world, tmp_path, entries=entries) == 0
     matrix, failed = (len(matrices(tmp_path)[f"naive-learning_rate={rate}/seed-5"]) for rate in (0.001, "1e+30"))
@@ -153,7 +153,7 @@ def test_a_run_that_fails_is_named_and_does_not_stop_the_others(world, tmp_path,
         ([], [], "--sweep is missing"),
     ],
 )
-def test_bad_input_is_one_message_and_nothing_is_written(world, tmp_path, capsys, entries, options, message):  # noqa: F811
+def test_bad_input_is_one_message_and_nothing_is_written(world, tmp_path, capsys, entries, options, message):
     written = [word for entry in entries for word in ("--sweep", entry)]
     assert run(world, tmp_path / "sweep", *options, entries=tuple(written)) == 2
     error = capsys.readouterr().err
@@ -161,7 +161,7 @@ def test_bad_input_is_one_message_and_nothing_is_written(world, tmp_path, capsys
     assert not (tmp_path / "sweep").exists()
 
 
-def test_the_run_of_another_recipe_is_refused_before_anything_is_trained(world, finished, capsys):  # noqa: F811
+def test_the_run_of_another_recipe_is_refused_before_anything_is_trained(world, finished, capsys):
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
     assert run(world, finished, "--max_steps", "3", entries=("--sweep", "l2", *ENTRIES)) == 2
     assert "is learned, with max_steps" in capsys.readouterr().err

@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import shutil
 from pathlib import Path
 
@@ -25,51 +24,7 @@ from das_lm.run.recipe_file import load_recipe
 from das_lm.training.trainer import ContinualTrainer
 from das_lm.units import Units
 from das_lm.units.importance import Importance
-from tests.conftest import build_tokenizer, tiny_roberta
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
-    """A tiny model, three domains of text that use different words, and a recipe."""
-    root = tmp_path_factory.mktemp("world")
-    _save(tiny_roberta(dropout=0.1), root / "model")
-    for number, name in enumerate(("old", "bio", "cs")):
-        draw = random.Random(number)
-        words = [f"w{index}" for index in range(20 * number, 20 * number + 19)]
-        lines = {" ".join(draw.choices(words, k=draw.randint(8, 20))) for _ in range(60)}
-        (root / f"{name}.txt").write_text("\n".join(sorted(lines)))
-    (root / "recipe.yaml").write_text(
-        f"""
-model_name_or_path: {root}/model
-output_dir: {root}/unused
-domains:
-  - {{name: bio, data: {root}/bio.txt, training: {{max_steps: 6}}}}
-  - {{name: cs, data: {root}/cs.txt}}
-measure:
-  - {{name: old, data: {root}/old.txt}}
-training: {{max_length: 24, max_steps: 4, per_device_train_batch_size: 4, importance_samples: 8, save_steps: 2,
-           learning_rate: 1e-3, disable_tqdm: true, use_cpu: true, report_to: none}}
-"""
-    )
-    return root
-
-
-def _save(model, directory: Path) -> Path:
-    model.save_pretrained(directory)
-    build_tokenizer().save_pretrained(directory)
-    return directory
-
-
-def _run(world: Path, output: Path, *options: str) -> int:
-    return main(["pretrain", "--recipe", str(world / "recipe.yaml"), "--output_dir", str(output), *options])
-
-
-@pytest.fixture(scope="module")
-def finished(world, tmp_path_factory) -> Path:
-    """The output directory of an uninterrupted run."""
-    output = tmp_path_factory.mktemp("finished") / "run"
-    assert _run(world, output) == 0
-    return output
+from tests.helpers import build_tokenizer, run_recipe, save_model, tiny_roberta
 
 
 def test_walk_writes_whole_checkpoints_and_the_matrix(finished):
@@ -108,7 +63,7 @@ def test_the_umask_gives_the_rights_of_every_file(world, tmp_path, monkeypatch, 
     before = os.umask(0o027)
     try:
         monkeypatch.setattr("das_lm.run.walk.write_card", note)
-        assert _run(world, output, *adapter) == 0
+        assert run_recipe(world, output, *adapter) == 0
     finally:
         os.umask(before)
     weights = {path.relative_to(output).parts[0] for path in rights if path.suffix == ".safetensors"}
@@ -120,7 +75,7 @@ def test_a_directory_is_no_markup(world, finished, tmp_path, capsys):
     """It would end a tag that rich does not know of, after all the training."""
     output = tmp_path / "a[/b]"
     shutil.copytree(finished, output)
-    assert _run(world, output, "--resume") == 0
+    assert run_recipe(world, output, "--resume") == 0
     printed = capsys.readouterr().out
     assert f"Results: {output}/forgetting.json    Model: {output}/2-cs" in printed
     assert f"Report: {output}/report.html" in printed
@@ -135,7 +90,7 @@ def test_finished_domains_are_not_repeated(world, finished, tmp_path, monkeypatc
     shutil.copytree(finished, output)
     monkeypatch.setattr(ContinualTrainer, "train", lambda *_, **__: pytest.fail("trained again"))
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
-    assert _run(world, output, "--resume") == 0
+    assert run_recipe(world, output, "--resume") == 0
     assert before == {path: path.stat().st_mtime_ns for path in output.rglob("*")}
 
 
@@ -144,12 +99,12 @@ def test_another_run_is_overwritten_only_when_told_to(world, finished, tmp_path,
     shutil.copytree(finished, output)
     (output / "notes.md").write_text("mine")
     before = (output / "forgetting.json").read_bytes()
-    assert _run(world, output) == 2
+    assert run_recipe(world, output) == 2
     assert "--overwrite_output_dir" in capsys.readouterr().err
-    assert _run(world, output, "--resume", "--learning_rate", "1e-4") == 2
+    assert run_recipe(world, output, "--resume", "--learning_rate", "1e-4") == 2
     assert "began with training.learning_rate: 0.001, not 0.0001" in capsys.readouterr().err
     assert (output / "forgetting.json").read_bytes() == before
-    assert _run(world, output, "--overwrite_output_dir", "--method", "naive", "--domain", "bio") == 0
+    assert run_recipe(world, output, "--overwrite_output_dir", "--method", "naive", "--domain", "bio") == 0
     left = sorted(path.name for path in output.iterdir())
     assert left == [".das-lm.json", "1-bio", "forgetting.json", "measured", "notes.md", "recipe.yaml"]
     assert not (output / "1-bio" / "importance.safetensors").exists()
@@ -169,7 +124,7 @@ def test_a_recipe_alone_makes_no_run(world, tmp_path, capsys):
     (output / "forgetting.json").write_text("{}")
     before = _tree(output)
     for options in ([], ["--overwrite_output_dir"], ["--resume"]):
-        assert _run(world, output, *options) == 2
+        assert run_recipe(world, output, *options) == 2
         error = capsys.readouterr().err
         assert "holds no run" in error and "--overwrite_output_dir" not in error
     assert _tree(output) == before
@@ -183,7 +138,7 @@ def test_what_no_run_wrote_is_named_and_kept(world, finished, tmp_path, capsys):
         (output / name).parent.mkdir(exist_ok=True)
         (output / name).write_text("mine")
     before = _tree(output)
-    assert _run(world, output, "--overwrite_output_dir") == 2
+    assert run_recipe(world, output, "--overwrite_output_dir") == 2
     assert ", ".join(others[:1] + sorted(others[1:])[:2]) in capsys.readouterr().err
     assert _tree(output) == before
 
@@ -194,7 +149,7 @@ def test_what_stands_in_the_way_of_a_new_run_is_no_domain_of_it(world, finished,
     shutil.copytree(finished, output)
     shutil.copytree(output / "2-cs", output / "1-cs")
     before = _tree(output)
-    assert _run(world, output, "--overwrite_output_dir", "--domain", "cs") == 2
+    assert run_recipe(world, output, "--overwrite_output_dir", "--domain", "cs") == 2
     assert "no run wrote 1-cs in" in capsys.readouterr().err
     assert _tree(output) == before
 
@@ -202,7 +157,7 @@ def test_what_stands_in_the_way_of_a_new_run_is_no_domain_of_it(world, finished,
 def test_a_lock_of_the_user_stays(world, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / ".lock").write_text("mine")
-    assert _run(world, tmp_path / "out") == 2
+    assert run_recipe(world, tmp_path / "out") == 2
     assert (tmp_path / "out" / ".lock").read_text() == "mine"
 
 
@@ -210,7 +165,7 @@ def test_a_run_of_an_older_release_can_be_overwritten(world, finished, tmp_path)
     output = tmp_path / "run"
     shutil.copytree(finished, output)
     (output / ".das-lm.json").unlink()
-    assert _run(world, output, "--overwrite_output_dir", "--method", "naive", "--domain", "cs") == 0
+    assert run_recipe(world, output, "--overwrite_output_dir", "--method", "naive", "--domain", "cs") == 0
     assert sorted(path.name for path in output.glob("[0-9]*-*")) == ["1-cs"]
 
 
@@ -223,7 +178,7 @@ def test_what_a_run_reads_stands_outside_of_its_output(world, finished, tmp_path
     shutil.copytree(finished, output)
     (output / "text.txt").write_text("mine")
     name, given, path = value.rpartition("=")
-    assert _run(world, output, "--overwrite_output_dir", f"--{option}", f"{name}{given}{output}/{path}") == 2
+    assert run_recipe(world, output, "--overwrite_output_dir", f"--{option}", f"{name}{given}{output}/{path}") == 2
     assert f"is inside of the output directory {output}" in capsys.readouterr().err
     assert (output / "text.txt").exists() and (output / "2-cs").exists()
 
@@ -246,14 +201,14 @@ def test_the_run_before_comes_back_if_the_new_one_fails(world, finished, tmp_pat
     monkeypatch.setattr(ContinualTrainer, "training_step", fail)
     at = 1
     with pytest.raises(Interrupted):
-        _run(world, output, *NEW)
+        run_recipe(world, output, *NEW)
     assert _tree(output) == before
     at = 2
     with pytest.raises(Interrupted):
-        _run(world, output, *NEW)
+        run_recipe(world, output, *NEW)
     assert _tree(output / ".overwritten") == before
     at = None
-    assert _run(world, output, "--method", "naive", "--resume") == 0
+    assert run_recipe(world, output, "--method", "naive", "--resume") == 0
     assert not (output / ".overwritten").exists()
     assert Results.load(output).run["recipe"]["method"] == ["naive"]
 
@@ -284,7 +239,7 @@ def test_a_kill_while_a_run_is_set_aside_loses_nothing(world, finished, tmp_path
         run_directory.open_output(output, recipe, overwrite=True)
         run_directory.undo_overwriting(output)
         pytest.fail("not killed")
-    assert _run(world, output) == 2
+    assert run_recipe(world, output) == 2
     assert before in (_tree(output), _tree(output / ".overwritten"))
 
 
@@ -304,24 +259,24 @@ def test_warnings_about_the_text_are_counted_and_kept(world, tmp_path, capsys):
     lines = (world / "bio.txt").read_text().splitlines()
     text = tmp_path / "text.txt"
     text.write_text("\n".join([*lines, lines[0], "w1"]))
-    assert _run(world, tmp_path / "run", "--domain", f"bio={text}", "--method", "naive") == 0
+    assert run_recipe(world, tmp_path / "run", "--domain", f"bio={text}", "--method", "naive") == 0
     assert "warning: domain 'bio'" in " ".join(capsys.readouterr().out.split())
     assert Results.load(tmp_path / "run").run["warnings"]["bio"]
 
 
 def _bloom(world: Path, tmp_path: Path) -> list[str]:
     model = BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=16, n_layer=1, n_head=2))
-    return ["--model_name_or_path", str(_save(model, tmp_path / "bloom"))]
+    return ["--model_name_or_path", str(save_model(model, tmp_path / "bloom"))]
 
 
 def _no_head(world: Path, tmp_path: Path) -> list[str]:
     model = RobertaForSequenceClassification(tiny_roberta().config)
-    return ["--model_name_or_path", str(_save(model, tmp_path / "no_head"))]
+    return ["--model_name_or_path", str(save_model(model, tmp_path / "no_head"))]
 
 
 def _albert(world: Path, tmp_path: Path) -> list[str]:
     config = AlbertConfig(vocab_size=64, embedding_size=8, hidden_size=16, num_attention_heads=2, intermediate_size=16)
-    return ["--model_name_or_path", str(_save(AlbertForMaskedLM(config), tmp_path / "albert"))]
+    return ["--model_name_or_path", str(save_model(AlbertForMaskedLM(config), tmp_path / "albert"))]
 
 
 def _other_importance(world: Path, tmp_path: Path) -> list[str]:
@@ -345,13 +300,13 @@ def _no_tokenizer(world: Path, tmp_path: Path) -> list[str]:
 
 
 def _large_tokenizer(world: Path, tmp_path: Path) -> list[str]:
-    return ["--model_name_or_path", str(_save(tiny_roberta(vocab_size=40), tmp_path / "small"))]
+    return ["--model_name_or_path", str(save_model(tiny_roberta(vocab_size=40), tmp_path / "small"))]
 
 
 def _nan_weights(world: Path, tmp_path: Path) -> list[str]:
     model = tiny_roberta()
     model.lm_head.dense.weight.data[0, 0] = float("nan")
-    return ["--model_name_or_path", str(_save(model, tmp_path / "nan"))]
+    return ["--model_name_or_path", str(save_model(model, tmp_path / "nan"))]
 
 
 def _no_mask(world: Path, tmp_path: Path) -> list[str]:
@@ -383,7 +338,7 @@ def test_bad_model_is_one_message_and_status_2(world, tmp_path, capsys, case):
     make, *phrases = BAD_MODELS[case]
     output = tmp_path / "output" / "run"
     options = make(world, tmp_path)
-    assert _run(world, output, *options) == 2
+    assert run_recipe(world, output, *options) == 2
     error = capsys.readouterr().err
     error, *others = [line for line in error.splitlines() if "das-lm" in line or "Traceback" in line]
     assert error.startswith("das-lm: error: ") and not others
@@ -396,7 +351,7 @@ def test_bad_model_does_not_cost_the_run_that_it_would_overwrite(world, finished
     output = tmp_path / "run"
     shutil.copytree(finished, output)
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
-    assert _run(world, output, "--overwrite_output_dir", *BAD_MODELS[case][0](world, tmp_path)) == 2
+    assert run_recipe(world, output, "--overwrite_output_dir", *BAD_MODELS[case][0](world, tmp_path)) == 2
     assert before == {path: path.stat().st_mtime_ns for path in output.rglob("*")}
 
 
@@ -411,7 +366,7 @@ def test_bad_arguments_of_a_later_domain_are_found_before_anything_is_written(wo
 @pytest.mark.parametrize("source", ["proxy", "file"])
 def test_a_given_importance_is_that_of_the_base_model_and_accumulates(world, finished, tmp_path, source):
     where = "proxy" if source == "proxy" else str(finished / "1-bio")
-    assert _run(world, tmp_path / "run", "--importance", where, "--domain", "cs", "bio") == 0
+    assert run_recipe(world, tmp_path / "run", "--importance", where, "--domain", "cs", "bio") == 0
     first = ["general"] if source == "proxy" else ["general", "bio"]
     stages = Results.load(tmp_path / "run").stages
     assert [stage.get("importance_of") for stage in stages] == [None, [*first, "cs"], [*first, "cs", "bio"]]
@@ -422,11 +377,11 @@ def test_output_that_cannot_be_written(world, tmp_path, capsys):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("mine")
     for output, phrase in (("file", "is a file"), ("file/run", "cannot write"), ("full", "holds no run")):
-        assert _run(world, tmp_path / output) == 2
+        assert run_recipe(world, tmp_path / output) == 2
         assert phrase in capsys.readouterr().err
     assert (tmp_path / "full" / "thesis.tex").read_text() == "mine"
 
 
 def test_resume_without_a_run(world, tmp_path, capsys):
-    assert _run(world, tmp_path / "nothing", "--resume") == 2
+    assert run_recipe(world, tmp_path / "nothing", "--resume") == 2
     assert "holds no run" in capsys.readouterr().err

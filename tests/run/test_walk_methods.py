@@ -12,7 +12,7 @@ from das_lm import continual_pretrain, load_recipe
 from das_lm.measure.results import Results
 from das_lm.methods import METHODS
 from das_lm.training.trainer import ContinualTrainer
-from tests.run.test_walk import _run, world  # noqa: F401 (world is a fixture)
+from tests.helpers import run_recipe
 
 OPTIONS = {
     "gem": ["--memory_size", "4"],
@@ -29,10 +29,10 @@ def weights_of(stage) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("methods", [*METHODS, "das replay", "ewc interpolate", "replay self_replay"])
-def test_an_interrupted_walk_ends_as_an_uninterrupted_one(world, tmp_path, methods, monkeypatch):  # noqa: F811
+def test_an_interrupted_walk_ends_as_an_uninterrupted_one(world, tmp_path, methods, monkeypatch):
     """Interrupted in the second domain, after its first checkpoint."""
     options = ["--method", *methods.split(), *OPTIONS.get(methods, []), "--replay_ratio", "0.5"]
-    assert _run(world, tmp_path / "whole", *options) == 0
+    assert run_recipe(world, tmp_path / "whole", *options) == 0
 
     class Interrupted(Exception):
         pass
@@ -46,8 +46,8 @@ def test_an_interrupted_walk_ends_as_an_uninterrupted_one(world, tmp_path, metho
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(ContinualTrainer, "training_step", interrupt)
-        _run(world, tmp_path / "stopped", *options)
-    assert _run(world, tmp_path / "stopped", *options, "--resume") == 0
+        run_recipe(world, tmp_path / "stopped", *options)
+    assert run_recipe(world, tmp_path / "stopped", *options, "--resume") == 0
     for stage in ("1-bio", "2-cs"):
         whole, stopped = (tmp_path / run / stage for run in ("whole", "stopped"))
         files = sorted(path.name for path in whole.glob("*.safetensors"))
@@ -59,8 +59,8 @@ def test_an_interrupted_walk_ends_as_an_uninterrupted_one(world, tmp_path, metho
     assert (Results.load(tmp_path / "whole").matrix() == Results.load(tmp_path / "stopped").matrix()).all()
 
 
-def test_what_a_method_keeps_lies_beside_the_weights_and_grows(world, tmp_path):  # noqa: F811
-    assert _run(world, tmp_path / "run", "--method", "ewc", "--penalty_weight", "1000") == 0
+def test_what_a_method_keeps_lies_beside_the_weights_and_grows(world, tmp_path):
+    assert run_recipe(world, tmp_path / "run", "--method", "ewc", "--penalty_weight", "1000") == 0
     first, second = (load_file(tmp_path / "run" / stage / "ewc.safetensors") for stage in ("1-bio", "2-cs"))
     key = "importance.roberta.encoder.layer.0.output.dense.weight"
     assert (second[key] >= first[key]).all() and not torch.equal(second[key], first[key])
@@ -68,14 +68,14 @@ def test_what_a_method_keeps_lies_beside_the_weights_and_grows(world, tmp_path):
         first["anchor.roberta.encoder.layer.0.output.dense.weight"],
         weights_of(tmp_path / "run" / "1-bio")["roberta.encoder.layer.0.output.dense.weight"],
     )
-    assert _run(world, tmp_path / "naive", "--method", "naive") == 0
+    assert run_recipe(world, tmp_path / "naive", "--method", "naive") == 0
     runs = {name: [weights_of(tmp_path / name / stage) for stage in ("1-bio", "2-cs")] for name in ("run", "naive")}
     for name, stages in runs.items():
         runs[name] = sum((stages[1][k] - stages[0][k]).square().sum() for k in stages[0]).sqrt()
     assert runs["run"] < 0.9 * runs["naive"]  # held, where naive goes on
 
 
-def test_joint_learns_the_earlier_domains_again(world, tmp_path, monkeypatch):  # noqa: F811
+def test_joint_learns_the_earlier_domains_again(world, tmp_path, monkeypatch):
     seen = []
     train = ContinualTrainer.train
     monkeypatch.setattr(
@@ -83,13 +83,13 @@ def test_joint_learns_the_earlier_domains_again(world, tmp_path, monkeypatch):  
         "train",
         lambda self, **k: (seen.append(list(self.train_dataset.domains)), train(self, **k))[1],
     )
-    assert _run(world, tmp_path / "run", "--method", "joint") == 0
+    assert run_recipe(world, tmp_path / "run", "--method", "joint") == 0
     assert seen == [["bio"], ["bio", "cs"]]
 
 
-def test_a_chosen_alpha_is_reported_on_the_other_half(world, tmp_path):  # noqa: F811
-    assert _run(world, tmp_path / "run", "--method", "interpolate", "--interpolation_alpha", "auto") == 0
-    assert _run(world, tmp_path / "all", "--method", "interpolate") == 0
+def test_a_chosen_alpha_is_reported_on_the_other_half(world, tmp_path):
+    assert run_recipe(world, tmp_path / "run", "--method", "interpolate", "--interpolation_alpha", "auto") == 0
+    assert run_recipe(world, tmp_path / "all", "--method", "interpolate") == 0
     chosen, fixed = (json.loads((tmp_path / run / "forgetting.json").read_text()) for run in ("run", "all"))
     for domain in ("old", "bio", "cs"):
         here, there = (data["stages"][0]["scores"][domain]["documents"] for data in (chosen, fixed))
@@ -98,24 +98,26 @@ def test_a_chosen_alpha_is_reported_on_the_other_half(world, tmp_path):  # noqa:
     assert fixed["stages"][1]["interpolation_alpha"] == 0.5
 
 
-def test_alpha_is_chosen_on_what_was_learned_and_what_is_named(world, tmp_path, capsys):  # noqa: F811
+def test_alpha_is_chosen_on_what_was_learned_and_what_is_named(world, tmp_path, capsys):
     options = ["--method", "interpolate", "--interpolation_alpha", "auto"]
 
     def chosen_on(name: str, *more: str) -> list[list[str]]:
-        assert _run(world, tmp_path / name, *options, *more) == 0
+        assert run_recipe(world, tmp_path / name, *options, *more) == 0
         return [stage["interpolation_chosen_on"] for stage in Results.load(tmp_path / name).stages[1:]]
 
     assert chosen_on("plain") == [["bio"], ["bio", "cs"]]
     assert re.search(r"α (0\.\d|1\.0), chosen on bio, cs\n", capsys.readouterr().out)
     assert chosen_on("named", "--interpolation_domains", "old") == [["old", "bio"], ["old", "bio", "cs"]]
-    assert _run(world, tmp_path / "unknown", *options, "--interpolation_domains", "odl") == 2
+    assert run_recipe(world, tmp_path / "unknown", *options, "--interpolation_domains", "odl") == 2
     assert "interpolation_domains: there is no held-out text of 'odl'" in capsys.readouterr().err
     assert not (tmp_path / "unknown").exists()
 
 
-def test_a_run_in_which_a_method_or_an_option_does_nothing_says_so(world, tmp_path, capsys):  # noqa: F811
+def test_a_run_in_which_a_method_or_an_option_does_nothing_says_so(world, tmp_path, capsys):
     """On the console, and in the results for the report; and once a domain has been learned, of the method no more."""
-    assert _run(world, tmp_path / "one", "--domain", "bio", "--method", "ewc", "ema", "--replay_ratio", "0.5") == 0
+    assert (
+        run_recipe(world, tmp_path / "one", "--domain", "bio", "--method", "ewc", "ema", "--replay_ratio", "0.5") == 0
+    )
     warnings = Results.load(tmp_path / "one").run["warnings"]
     (unread,), (idle,) = warnings["training"], warnings["bio"][-1:]
     assert unread == "read by no chosen method (ewc, ema): replay_ratio"
@@ -125,13 +127,13 @@ def test_a_run_in_which_a_method_or_an_option_does_nothing_says_so(world, tmp_pa
     printed = capsys.readouterr().out
     assert printed.count(f"warning: {unread}\n") == printed.count(f"warning: {idle}\n") == 1
     further = ["--domain", "cs", "--method", "ewc", "--model_name_or_path", str(tmp_path / "one" / "1-bio")]
-    assert _run(world, tmp_path / "further", *further) == 0
-    assert _run(world, tmp_path / "two", "--method", "ewc") == 0
+    assert run_recipe(world, tmp_path / "further", *further) == 0
+    assert run_recipe(world, tmp_path / "two", "--method", "ewc") == 0
     captured = capsys.readouterr()
     assert "no effect" not in captured.out + captured.err and "no chosen" not in captured.out
 
 
-def test_the_halves_of_a_search_are_the_whole(world, tmp_path):  # noqa: F811
+def test_the_halves_of_a_search_are_the_whole(world, tmp_path):
     """Curves on one half of the held-out documents, the matrix on the other: together what a plain run measures."""
     overrides = {"training": {"eval_strategy": "steps", "eval_steps": 4}, "method": "naive"}
 
@@ -149,14 +151,14 @@ def test_the_halves_of_a_search_are_the_whole(world, tmp_path):  # noqa: F811
         assert documents.sum() == score["documents"] and documents.min() > 0
 
 
-def test_one_document_cannot_be_halved(world, tmp_path, capsys):  # noqa: F811
+def test_one_document_cannot_be_halved(world, tmp_path, capsys):
     (tmp_path / "one.txt").write_text("w1 w2 w3 w4 w5 w6 w7 w8 w9 w10 w11 w12")
     options = ["--method", "interpolate", "--interpolation_alpha", "auto", "--measure", f"one={tmp_path}/one.txt"]
-    assert _run(world, tmp_path / "run", *options) == 2
+    assert run_recipe(world, tmp_path / "run", *options) == 2
     assert "cannot be halved" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("method", [name for name, kind in METHODS.items() if kind.needs_domain_ends])
-def test_methods_that_consolidate_refuse_schedules_without_domain_ends(method, world, tmp_path, capsys):  # noqa: F811
-    assert _run(world, tmp_path / "run", "--method", method, "--schedule", "interleaved") == 2
+def test_methods_that_consolidate_refuse_schedules_without_domain_ends(method, world, tmp_path, capsys):
+    assert run_recipe(world, tmp_path / "run", "--method", method, "--schedule", "interleaved") == 2
     assert f"'{method}'" in capsys.readouterr().err and not (tmp_path / "run").exists()

@@ -10,25 +10,13 @@ from transformers import TrainerCallback
 
 from das_lm.errors import UserError
 from das_lm.files import broken_file
-from das_lm.methods import EWC, Method
+from das_lm.methods import EWC
 from das_lm.training.guard import Guard
 from tests.distributed import run_in_two_processes
-from tests.training.test_trainer import assert_equal, parameters, run_of, tiny_roberta, trainer_of
+from tests.training.helpers import Extra, assert_equal, parameters, run_of, trainer_of
+from tests.training.test_trainer import tiny_roberta
 
 NUMBERS = {"nan": math.nan, "inf": math.inf}
-
-
-class Extra(Method):
-    """Adds a part to the loss, which is `value` in a batch of the step `at`, and 0 in all others."""
-
-    def __init__(self, at: int, value: float = math.nan, batch: int = 0):
-        self.at, self.value, self.batch, self.seen = at, value, batch, 0
-
-    def loss(self, model, batch, outputs):
-        here = self.trainer.state.global_step + 1 == self.at
-        self.seen += here
-        spoilt = here and self.seen == self.batch + 1
-        return {"extra": outputs.logits.sum() * 0 + (self.value if spoilt else 0.0)}
 
 
 class After(TrainerCallback):
@@ -312,7 +300,8 @@ import sys
 import pytest
 import torch
 from das_lm.errors import UserError
-from tests.training.test_bad_numbers import Extra, trainer_of
+from tests.training.test_bad_numbers import trainer_of
+from tests.training.helpers import Extra
 
 torch.set_num_threads(1)
 class Mine(Extra):

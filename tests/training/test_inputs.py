@@ -23,7 +23,7 @@ from das_lm.data.built_in import MODELS
 from das_lm.data.collating import PaddingCollator
 from das_lm.errors import UserError
 from das_lm.methods import EWC
-from tests.conftest import WORDS, build_tokenizer, random_blocks, tiny_roberta
+from tests.helpers import WORDS, build_tokenizer, random_blocks, tiny_roberta
 
 TOKENIZER = build_tokenizer()
 TEXTS = [" ".join(WORDS[i % 50 : i % 50 + 8]) for i in range(40)]

@@ -7,9 +7,10 @@ from safetensors.torch import load_file
 
 from das_lm.cli import main
 from das_lm.methods import METHODS
-from tests.conftest import build_tokenizer
-from tests.methods.test_every_method import NEEDS, SMALL
-from tests.training.test_trainer import random_blocks, run_of, tiny_roberta, trainer_of
+from tests.helpers import build_tokenizer
+from tests.methods.helpers import NEEDS, SMALL
+from tests.training.helpers import run_of, trainer_of
+from tests.training.test_trainer import random_blocks, tiny_roberta
 
 LONG = "w1 w2 w3 w4 w5 w6 w7 w8 w9"
 OTHER = "w9 w8 w7 w6 w5 w4 w3 w2 w1"

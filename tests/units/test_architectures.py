@@ -42,7 +42,7 @@ from das_lm.units.contract import check_contract, randomize
 from das_lm.units.discovery import _neuron_owners, head_owners, is_transposed
 from das_lm.units.gates import ones
 from das_lm.units.importance import Importance
-from tests.conftest import BOS, EOS, PAD, VOCABULARY, random_batch, tiny_roberta
+from tests.helpers import BOS, EOS, PAD, VOCABULARY, random_batch, tiny_roberta
 
 HIDDEN, HEADS, INTERMEDIATE, LAYERS = 32, 4, 64, 2
 IDS = {"vocab_size": VOCABULARY, "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}

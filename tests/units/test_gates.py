@@ -6,7 +6,7 @@ import torch
 from das_lm.model.objective import run_language_model
 from das_lm.units import Units, gated
 from das_lm.units.gates import ones
-from tests.conftest import random_batch, tiny_roberta
+from tests.helpers import random_batch, tiny_roberta
 
 LENGTHS = [12, 7, 9, 5]
 

@@ -20,8 +20,7 @@ from das_lm.errors import UserError
 from das_lm.model.objective import run_language_model
 from das_lm.units import Architecture, Units
 from das_lm.units.importance import FILE_NAME, Importance, measure_importance, normalize
-from tests.conftest import VOCABULARY, random_batch, random_blocks, tiny_roberta
-from tests.helpers import rewrite_importance
+from tests.helpers import VOCABULARY, random_batch, random_blocks, rewrite_importance, tiny_roberta
 
 # ---- by hand -------------------------------------------------------------------------------------------------------
 

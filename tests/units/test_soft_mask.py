@@ -11,7 +11,7 @@ from das_lm.errors import UserError
 from das_lm.training.config import FUSED_WITH_BACKWARD
 from das_lm.units import Units
 from das_lm.units.soft_mask import REFUSED_OPTIMIZERS, SoftMask, check_optimizer
-from tests.conftest import random_blocks, tiny_roberta
+from tests.helpers import random_blocks, tiny_roberta
 
 KINDS = ("head", "intermediate", "output")
 

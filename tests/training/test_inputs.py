@@ -151,7 +151,7 @@ def test_no_arguments_and_those_of_another_trainer(tmp_path, monkeypatch):
     class OtherConfig(TrainingArguments):
         pass
 
-    with refused("args: OtherConfig is of another trainer; give a DASConfig, or TrainingArguments"):
+    with refused("args: OtherConfig is of another trainer; give a ContinualConfig, or TrainingArguments"):
         ContinualTrainer(long_roberta(), OtherConfig(str(tmp_path)), processing_class=TOKENIZER)
 
 

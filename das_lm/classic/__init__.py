@@ -2,14 +2,7 @@
 
 from das_lm.classic.images import Images, LabelledImages, load_images
 from das_lm.classic.models import MLP
-from das_lm.classic.tasks import (
-    EXPERIMENTS,
-    Examples,
-    Experiment,
-    Task,
-    TrainingExamples,
-    build_experiment,
-)
+from das_lm.classic.tasks import EXPERIMENTS, Examples, Experiment, Task, TrainingExamples, build_experiment
 
 __all__ = [
     "EXPERIMENTS",

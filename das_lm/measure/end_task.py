@@ -30,7 +30,7 @@ Rows = Iterable[tuple[str, dict[str, Any]]]  # where a row stands, and its cells
 
 
 @dataclass(frozen=True)
-class Task:
+class TaskData:
     """
     Labelled text.
 
@@ -98,7 +98,7 @@ class EndTask:
         trained: number of training rows.
     """
 
-    task: Task
+    task: TaskData
     seeds: list[int]
     epochs: list[int]
     predictions: np.ndarray
@@ -146,7 +146,7 @@ def classification_scores(targets: np.ndarray, predictions: np.ndarray) -> dict[
 # ---- labelled text -------------------------------------------------------------------------------------------------
 
 
-def load_task(source: str, text_column: str = "text", label_column: str = "label") -> Task:
+def load_task(source: str, text_column: str = "text", label_column: str = "label") -> TaskData:
     """
     Read labelled text. Left out and counted are rows without text or label and, of `dev` and `test`, those with a
     label that `train` does not have.
@@ -187,7 +187,7 @@ def load_task(source: str, text_column: str = "text", label_column: str = "label
             )
             raise UserError(f"end-task '{source}': {split} has no row to use. {reasons}")
     name = Path(source.removeprefix("hub:")).resolve().name
-    return Task(name, classes, examples["train"], examples["dev"], examples["test"], dict(skipped))
+    return TaskData(name, classes, examples["train"], examples["dev"], examples["test"], dict(skipped))
 
 
 def _file_splits(directory: Path) -> dict[str, Rows]:
@@ -261,7 +261,7 @@ def _labelled(
 
 
 def fine_tune(
-    checkpoint: str | Path, task: Task, config: EndTaskConfig | None = None, progress: str | None = None
+    checkpoint: str | Path, task: TaskData, config: EndTaskConfig | None = None, progress: str | None = None
 ) -> EndTask:
     """
     Fine-tune a classifier from a checkpoint, all of its parameters, in fp32; once for every seed. Of each run the
@@ -394,7 +394,7 @@ def _load_tokenizer(checkpoint: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _load_classifier(checkpoint: str | Path, task: Task, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def _load_classifier(checkpoint: str | Path, task: TaskData, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """The model with a new head for classes, drawn from torch's generator; a causal model's reads the last token."""
     import torch
     from transformers import AutoModelForSequenceClassification

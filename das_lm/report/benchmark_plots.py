@@ -13,18 +13,8 @@ from scipy import stats
 
 from das_lm.measure.intervals import Estimate
 from das_lm.report.benchmark import Report
+from das_lm.report.drawing import BETTER, BOUNDS, STYLES, WORSE, Drawing
 
-#: Okabe and Ito's colours, told apart with any colour vision; each with a dash pattern of its own.
-STYLES = (
-    ("#0072B2", "-"),
-    ("#D55E00", (0, (5, 1))),
-    ("#009E73", (0, (3, 1, 1, 1))),
-    ("#CC79A7", (0, (1, 1))),
-    ("#E69F00", (0, (7, 2))),
-    ("#56B4E9", (0, (3, 1, 1, 1, 1, 1))),
-)
-#: The lower and the upper bound.
-BOUNDS = {"naive": ("0.45", "-"), "joint": ("black", "-")}
 FLOOR = -1.0  # below which R² is not drawn
 FIRST_DAY = 151  # of the year, of the experiment `seasons`
 
@@ -110,7 +100,7 @@ def plot_final(report: Report) -> Figure:
         values = _scaled(report, report.final(method).mean(1))
         estimate = Estimate.of(values)
         beats = report.verdict(method) == "yes"
-        colour = BOUNDS[method][0] if method in BOUNDS else "#0072B2" if beats else "#D55E00"
+        colour = BOUNDS[method][0] if method in BOUNDS else BETTER if beats else WORSE
         axes.plot(values, np.full(len(values), place + 0.3), ".", color=colour, markersize=5, markeredgewidth=0)
         axes.errorbar(
             estimate.mean,
@@ -187,3 +177,28 @@ def _legend_title(report: Report, styles: dict[str, tuple]) -> str:
     left_out = len(report.results) - len(styles)
     best = len(styles) - sum(name in BOUNDS for name in styles)
     return f"the best {best} of\n{best + left_out} methods" if left_out else "method"
+
+
+def draw_benchmark(report: Report) -> list[Drawing]:
+    """The figures of a classic benchmark."""
+    final, tasks, *averages = report.rows().items()
+    drawings = [
+        Drawing(
+            "final", "Final average of every method", "Each small dot is a seed.", plot_final(report), dict([final])
+        ),
+        Drawing(
+            "tasks",
+            "Every task over all epochs",
+            "Band: 95 % interval over seeds.",
+            plot_tasks(report),
+            dict([tasks, *averages]),
+        ),
+    ]
+    if report.measure == "r2":
+        runs = {method: results[0] for method, results in report.results.items()}
+        truth = next(iter(runs.values())).run["targets"]
+        columns = [truth, *(one.stages[-1]["predictions"] for one in runs.values())]
+        table = [["true price", *runs], *([f"{value:.3f}" for value in row] for row in zip(*columns, strict=True))]
+        caption = f"Of seed {report.seeds[0]}. The table has those after the last stage, in the order of the days."
+        drawings.append(Drawing("predictions", "Predictions", caption, plot_predictions(report), {"": table}))
+    return drawings

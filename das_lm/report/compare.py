@@ -7,11 +7,8 @@ compared with plain training at the learning rate that gains as much.
 
 from __future__ import annotations
 
-import json
-import math
-import os
 from collections.abc import Iterable, Sequence
-from dataclasses import MISSING, dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,352 +17,30 @@ from rich.markup import escape
 from das_lm.errors import UserError, did_you_mean
 from das_lm.files import write_json, write_text
 from das_lm.measure.intervals import Estimate
-from das_lm.measure.results import FILE_NAME, LOWER_IS_BETTER, MEASURES, Results
+from das_lm.measure.results import LOWER_IS_BETTER, MEASURES
+from das_lm.report.configurations import (
+    COSTS,
+    Configuration,
+    Series,
+    configurations_of,
+    number,
+    series_of,
+    up_to_its_peak,
+)
 from das_lm.report.frontier import Frontier
+from das_lm.report.runs import FinishedRun, check_comparable, find_runs, is_finished
 from das_lm.report.table import as_markdown, console_table, markdown_tables
 from das_lm.terminal import Console
 
 COMPARISON_NAME, TABLE_NAME = "comparison.json", "table.md"
 #: Figures of `summarize` that are shown -> their names here.
 FIGURES = {"gain": "gain", "drift": "drift", "forgetting_rate": "forgetting", "average": "final average"}
-COSTS = ("drift", "forgetting_rate")
-#: Training arguments that make no other configuration: the seeds, and what changes no number.
-NO_SETTINGS = {
-    *("seed", "data_seed", "disable_tqdm", "report_to", "run_name", "use_cpu", "per_device_eval_batch_size"),
-    *("logging_steps", "logging_strategy", "save_steps", "save_strategy", "save_total_limit"),
-    *("eval_steps", "eval_strategy", "dataloader_num_workers"),
-}
-#: Scores of the base model that differ by less, relatively, are the same: devices round differently.
-SAME = 1e-3
 #: Runs of the reference further apart, relative to the gain between them, give no verdict: of how the frontier runs in
 #: between they say too little. Learning rates a factor of √2 apart are usually near enough.
 NEAR = 0.15
 
 
-# ---- runs ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Run:
-    """
-    A finished run.
-
-    Args:
-        directory: where its `forgetting.json` is.
-        results: what is in it.
-        method: its name, or several as `"ewc+replay"`.
-        seed: `"0"`; with another seed of the data `"0/7"`. Runs of one seed see the same held-out masks and order.
-        settings: what else it was given: training arguments, those of a domain as `"bio.max_steps"`, and so on.
-    """
-
-    directory: Path
-    results: Results
-    method: str
-    seed: str
-    settings: dict[str, Any]
-
-    @classmethod
-    def load(cls, directory: Path) -> Run:
-        """
-        Read `forgetting.json`.
-
-        Raises:
-            UserError: it is broken, or does not say how the run came about.
-        """
-        results = Results.load(directory)
-        try:
-            return cls._of(directory, results)
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise UserError(f"{directory / FILE_NAME} is not as das-lm writes it ({error!r})") from None
-
-    @classmethod
-    def _of(cls, directory: Path, results: Results) -> Run:
-        run = results.run
-        _ = [int(score["documents"]) for stage in results.stages for score in stage["scores"].values()]
-        if "recipe" in run:
-            recipe = run["recipe"]
-            training = recipe.get("training", {})
-            seed, data_seed = training.get("seed", 42), training.get("data_seed")
-            settings = dict(training)
-            for domain in recipe["domains"]:
-                own = {**domain, **domain.get("training", {})}
-                settings |= {f"{domain['name']}.{key}": own[key] for key in own if key not in ("name", "training")}
-            more = ("model_name_or_path", "schedule", "units", "attn_implementation")
-            settings |= {key: recipe[key] for key in more if key in recipe}
-            methods = recipe["method"]
-        elif "method" in run:  # a small model
-            seed, data_seed, methods = run["seed"], None, [run["method"]]
-            settings = {**run["options"], "schedule": run["schedule"], "epochs": run["epochs"]}
-        elif "checkpoints" in run:  # measured by das-lm evaluate: how they were trained is not known
-            seed, data_seed, methods, settings = 42, None, [directory.absolute().name], dict(run["training"])
-        else:
-            raise UserError(
-                f"{directory / FILE_NAME} names no method and no recipe: there is nothing to compare it by"
-            )
-        seed = str(seed) if data_seed in (None, seed) else f"{seed}/{data_seed}"
-        settings = {key: value for key, value in settings.items() if key.rpartition(".")[2] not in NO_SETTINGS}
-        return cls(directory, results, "+".join(methods), seed, settings)
-
-    def setting(self, key: str) -> Any:
-        """A setting, or what holds where it was not given; `None` where that is not known."""
-        if key in self.settings:
-            return self.settings[key]
-        _, dot, shared = key.partition(".")
-        if dot:
-            return self.setting(shared)
-        if "recipe" not in self.results.run:  # the defaults of a small model are its experiment's
-            return None
-        from das_lm.training.config import ContinualConfig
-
-        argument = ContinualConfig.__dataclass_fields__.get(key)
-        if argument is None:
-            return None
-        return argument.default_factory() if argument.default is MISSING else argument.default
-
-
-def is_finished(results: Results) -> bool:
-    """Whether all stages of a run have been measured."""
-    return len(results.stages) > max(stage or 0 for stage in results.domains.values())
-
-
-def find_runs(paths: Sequence[Path | str]) -> list[Path]:
-    """
-    The directories that hold a `forgetting.json`: those given, and those below them.
-
-    Raises:
-        UserError: there is none in or below one of them.
-    """
-    found: dict[Path, Path] = {}
-    for path in map(Path, paths):
-        here = []
-        for directory, below, files in os.walk(path):
-            below[:] = sorted(name for name in below if not name.startswith("."))
-            if FILE_NAME in files:
-                here.append(Path(directory))
-                below.clear()
-        if not here:
-            problem = f"there is no {FILE_NAME} in it or below it" if path.is_dir() else "there is no such directory"
-            raise UserError(f"{path}: {problem}; give directories of runs, as das-lm pretrain writes them")
-        found |= {directory.resolve(): directory for directory in here}
-    return list(found.values())
-
-
-def _check_comparable(runs: Sequence[Run], measure: str) -> None:
-    """
-    Refuse to compare what was not measured alike.
-
-    Raises:
-        UserError: other domains, another model, or other held-out text.
-    """
-    for run in runs:
-        if measure not in run.results.measures:
-            raise UserError(
-                f"{run.directory}: '{measure}' was not measured.{did_you_mean(measure, run.results.measures)}"
-            )
-    first: dict[str, Run] = {}
-    for run in runs:
-        for other in (runs[0], first.setdefault(run.seed, run)):
-            what = _difference(other, run, measure)
-            if what:
-                raise UserError(f"{other.directory} and {run.directory} cannot be compared: {what}")
-
-
-def _difference(one: Run, other: Run, measure: str) -> str | None:
-    """In what two runs were measured differently, in words."""
-    left, right = one.results, other.results
-    for taken_of in ("loss", measure):
-        if left.columns(taken_of) != right.columns(taken_of):
-            columns = (_in_words(results.columns(taken_of)) for results in (left, right))
-            return "the one measures {}; the other {}".format(*columns)
-    if left.unit != right.unit:
-        return f"the losses of the one are in {left.unit}, those of the other in {right.unit}"
-    for key in ("experiment", "parameters", "split"):
-        if left.run.get(key) != right.run.get(key):
-            return f"{key} is {left.run.get(key)} for the one, {right.run.get(key)} for the other"
-    for domain, score in left.stages[0]["scores"].items():
-        base = right.stages[0]["scores"][domain]
-        if score["documents"] != base["documents"]:
-            return (
-                f"the held-out text of '{domain}' has {score['documents']:,} documents in the one, "
-                f"{base['documents']:,} in the other"
-            )
-        if one.seed == other.seed and not math.isclose(score["loss"], base["loss"], rel_tol=SAME):
-            return (
-                f"before training the loss on '{domain}' is {score['loss']:.3f} in the one, {base['loss']:.3f} in the "
-                "other: another model, or other held-out text"
-            )
-    return None
-
-
-def _in_words(columns: dict[str, int | None]) -> str:
-    return ", ".join(f"{name} ({f'stage {stage}' if stage else 'never learned'})" for name, stage in columns.items())
-
-
-# ---- configurations and curves -------------------------------------------------------------------------------------
-
-
-@dataclass(eq=False)
-class Configuration:
-    """
-    Runs that differ in nothing but the seed.
-
-    Args:
-        runs: seed -> run.
-        measure: what the figures are taken of.
-        label: the method, and what sets it apart from the other configurations.
-    """
-
-    runs: dict[str, Run]
-    measure: str
-    label: str = ""
-    figures: dict[str, dict[str, float | None]] = field(init=False)
-
-    def __post_init__(self):
-        self.figures = {seed: run.results.summary()[self.measure] for seed, run in self.runs.items()}
-
-    @property
-    def method(self) -> str:
-        """Name of the method."""
-        return self._any.method
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What it was given, but for seeds."""
-        return self._any.settings
-
-    def setting(self, key: str) -> Any:
-        """A setting, or what holds where it was not given."""
-        return self._any.setting(key)
-
-    @property
-    def _any(self) -> Run:
-        return next(iter(self.runs.values()))
-
-    def estimate(self, figure: str) -> Estimate | None:
-        """A figure of `summarize` over the seeds; `None` where there is no domain to take it over."""
-        values = [figures[figure] for figures in self.figures.values()]
-        return None if None in values else Estimate.of(values)
-
-
-@dataclass
-class Curve:
-    """
-    Configurations of a method that differ in one number.
-
-    Args:
-        name: the method, and what sets this curve apart from others.
-        knob: the setting that differs; `None` of a single configuration.
-        configurations: in the order of its value.
-    """
-
-    name: str
-    knob: str | None
-    configurations: list[Configuration]
-
-
-def number(value: Any) -> float | None:
-    """A setting as a number, if it is one; `interpolation_alpha` is one in quotes."""
-    if isinstance(value, bool):
-        return None
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return None
-
-
-def _key(value: Any) -> str:
-    """Equal for equal settings."""
-    return json.dumps(value if number(value) is None else number(value), sort_keys=True, default=str)
-
-
-def _text(value: Any) -> str:
-    if value is None:
-        return "default"
-    if isinstance(value, list):
-        return "+".join(map(str, value))
-    return str(value) if number(value) is None else f"{number(value):g}"
-
-
-def _by_method(of: Iterable[Any]) -> dict[str, list[Any]]:
-    """Runs or configurations."""
-    methods: dict[str, list[Any]] = {}
-    for one in of:
-        methods.setdefault(one.method, []).append(one)
-    return methods
-
-
-def _configurations(runs: Sequence[Run], measure: str) -> list[Configuration]:
-    """
-    Runs grouped into configurations, which are named by what differs.
-
-    Raises:
-        UserError: two runs of the same configuration and seed.
-    """
-    configurations = []
-    for group in _by_method(runs).values():
-        keys = sorted({key for run in group for key in run.settings})
-        found: dict[tuple[str, ...], dict[str, Run]] = {}
-        for run in group:
-            seeds = found.setdefault(tuple(_key(run.setting(key)) for key in keys), {})
-            if run.seed in seeds:
-                raise UserError(
-                    f"{seeds[run.seed].directory} and {run.directory} are the same configuration with the same seed, "
-                    f"{run.seed}; give one of them"
-                )
-            seeds[run.seed] = run
-        configurations += [Configuration(seeds, measure) for seeds in found.values()]
-    for configuration in configurations:
-        configuration.label = _label(configuration, configurations)
-    return configurations
-
-
-def _label(this: Configuration, configurations: Sequence[Configuration], without: str | None = None) -> str:
-    """The method; what differs between its configurations; and what it was given that not all others were given."""
-    siblings = [one for one in configurations if one.method == this.method]
-    parts = [this.method]
-    for key in dict.fromkeys(key for one in (this, *siblings) for key in one.settings):
-        value = _key(this.setting(key))
-        differs = any(_key(one.setting(key)) != value for one in siblings)
-        is_own = key in this.settings and any(_key(one.settings.get(key)) != value for one in configurations)
-        if key != without and (differs or is_own):
-            parts.append(f"{key}={_text(this.setting(key))}")
-    return " ".join(parts)
-
-
-def _curves(configurations: Sequence[Configuration]) -> list[Curve]:
-    """Every configuration on one curve: over the learning rate where that differs, else over what has most values."""
-    curves = []
-    for rest in _by_method(configurations).values():
-        keys = sorted({key for one in rest for key in one.settings})
-        counts = {key: len({number(one.setting(key)) for one in rest} - {None}) for key in keys}
-        for knob in sorted(keys, key=lambda key, counts=counts: (key != "learning_rate", -counts[key])):
-            alike: dict[tuple[str, ...], list[Configuration]] = {}
-            for one in rest:
-                if number(one.setting(knob)) is not None:
-                    alike.setdefault(tuple(_key(one.setting(key)) for key in keys if key != knob), []).append(one)
-            for group in alike.values():
-                if len(group) > 1:
-                    group.sort(key=lambda one, knob=knob: number(one.setting(knob)))
-                    curves.append(Curve(_label(group[0], configurations, without=knob), knob, group))
-                    rest = [one for one in rest if one not in group]
-        curves += [Curve(one.label, None, [one]) for one in rest]
-    return curves
-
-
 # ---- at equal gain -------------------------------------------------------------------------------------------------
-
-
-def _up_to_its_peak(curve: Curve) -> Curve:
-    """A reference from the end of its curve that loses less up to the run that gains most; of equal ones the first."""
-    runs = curve.configurations
-    if _lost(runs[-1]) < _lost(runs[0]):
-        runs = runs[::-1]
-    peak = max(runs, key=lambda one: (one.estimate("gain").mean, -_lost(one)))
-    return replace(curve, configurations=runs[: runs.index(peak) + 1])
-
-
-def _lost(one: Configuration) -> float:
-    return sum(estimate.mean for estimate in map(one.estimate, COSTS) if estimate)
 
 
 @dataclass
@@ -426,10 +101,10 @@ class Comparison:
         notes: what was left out, and why.
     """
 
-    curves: list[Curve]
+    curves: list[Series]
     measure: str
     unit: str
-    reference: Curve | None = None
+    reference: Series | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -471,7 +146,7 @@ class Comparison:
         others = (curve for curve in self.curves if curve.name != self.reference.name)
         return [self._at_equal_gain(one, self.reference) for curve in others for one in curve.configurations]
 
-    def _at_equal_gain(self, configuration: Configuration, reference: Curve) -> AtEqualGain:
+    def _at_equal_gain(self, configuration: Configuration, reference: Series) -> AtEqualGain:
         differences: dict[str, list[float]] = {figure: [] for figure in COSTS}
         seeds, nearest, counts, paired = [], [], [], False
         for seed, own in configuration.figures.items():
@@ -650,7 +325,7 @@ def compare(runs: Sequence[Path | str], reference: str | None = None, measure: s
         UserError: nothing to compare, runs that cannot be compared, or an unknown measure or reference.
     """
     directories = find_runs(runs)
-    loaded = [Run.load(directory) for directory in directories]
+    loaded = [FinishedRun.load(directory) for directory in directories]
     notes = [
         f"Left out, not finished: {run.directory} ({len(run.results.stages)} stages measured)."
         for run in loaded
@@ -663,9 +338,9 @@ def compare(runs: Sequence[Path | str], reference: str | None = None, measure: s
     if 0 < len(chosen_with) < len(loaded):
         loaded = [run for run in loaded if run not in chosen_with]
         notes.append(f"Left out, run on development data: {len(chosen_with)}.")
-    _check_comparable(loaded, measure)
+    check_comparable(loaded, measure)
 
-    curves = _curves(_configurations(loaded, measure))
+    curves = series_of(configurations_of(loaded, measure))
     unit = {"loss": loaded[0].results.unit, "bits_per_byte": "bits per byte", "r2": "R²"}.get(
         measure, f"{MEASURES[measure][0]}, %"
     )
@@ -675,7 +350,7 @@ def compare(runs: Sequence[Path | str], reference: str | None = None, measure: s
     return Comparison(curves, measure, unit, curve, notes + more)
 
 
-def _reference(curves: Sequence[Curve], name: str | None) -> tuple[Curve | None, list[str]]:
+def _reference(curves: Sequence[Series], name: str | None) -> tuple[Series | None, list[str]]:
     """
     The curve to compare with, and what is to be said of it.
 
@@ -689,7 +364,7 @@ def _reference(curves: Sequence[Curve], name: str | None) -> tuple[Curve | None,
     if not found:
         return None, ["No comparison at equal gain: there is no naive run; name another method as the reference."]
     longest = max(found, key=lambda curve: len(curve.configurations))
-    curve = _up_to_its_peak(longest)
+    curve = up_to_its_peak(longest)
     left = [one.label for one in longest.configurations if one not in curve.configurations]
     notes = [f"Past the peak of what {curve.name} gains, no reference: {', '.join(left)}."]
     if len(curve.configurations) == 1:

@@ -2,112 +2,27 @@
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from das_lm.files import write_text
 from das_lm.measure.intervals import Estimate
 from das_lm.measure.results import LOWER_IS_BETTER, MEASURES, PROBES, Results
-from das_lm.report.benchmark_plots import FLOOR, STYLES, plot_final, plot_predictions, plot_tasks
-from das_lm.terminal import printable
+from das_lm.report.benchmark_plots import FLOOR
+from das_lm.report.drawing import STYLES
 
 if TYPE_CHECKING:
-    from das_lm.report.benchmark import Report
+    pass
+from das_lm.report.drawing import BETTER, GREY, INK, WIDTH, WORSE, Drawing, Rows, Strong
+from das_lm.report.words import between, change, score, short
 
-#: Rows of cells, the first the header.
-Rows = list[list[str]]
-
-WIDTH = 8.0  # inches
-BETTER, WORSE, INK, GREY = "#0072B2", "#D55E00", "black", "0.45"
 TINT = 0.55  # of the strongest cell: the number in it stays legible in black on white and in white on black
 KINDS = {"head": "attention heads", "intermediate": "intermediate neurons", "output": "output neurons"}
-#: Whatever the user's own matplotlibrc says; a `$` in a name is a dollar, and the same run gives the same file.
-STYLE = {
-    "text.parse_math": False,
-    "svg.hashsalt": "das_lm",
-    "svg.fonttype": "path",
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-}
-
-
-class Strong(str):
-    """A cell that stands out."""
-
-
-@dataclass
-class Drawing:
-    """
-    A figure, and its numbers.
-
-    Args:
-        name: of its files, without a suffix.
-        title: what it shows.
-        caption: how it is to be read.
-        figure: the figure.
-        tables: title -> rows.
-        svg: the figure as it goes into a page, see [`inline_svg`]; after [`save`].
-    """
-
-    name: str
-    title: str
-    caption: str
-    figure: Figure
-    tables: dict[str, Rows] = field(default_factory=dict)
-    svg: str = ""
-
-    def save(self, directory: Path, name: str) -> None:
-        """Write `NAME.png` and `NAME.svg`, each whole or not at all; all that then remains of the figure is `svg`."""
-        temporary = directory / f".{name}.{os.getpid()}"
-        try:
-            with drawing_style():
-                self.figure.savefig(temporary, format="png", dpi=150)
-                os.replace(temporary, directory / f"{name}.png")
-                self.figure.set_layout_engine("none")  # it has been laid out
-                self.figure.savefig(temporary, format="svg", metadata={"Date": None})
-            text = printable(temporary.read_text(encoding="utf-8"))  # comments repeat what is drawn
-        finally:
-            temporary.unlink(missing_ok=True)
-        write_text(directory / f"{name}.svg", text)
-        self.svg = inline_svg(text, name)
-        self.figure.clear()
-
-
-def drawing_style() -> AbstractContextManager[None]:
-    """What figures are made and saved in."""
-    return style.context(["default", STYLE])
-
-
-def inline_svg(text: str, prefix: str) -> str:
-    """
-    An SVG by matplotlib for a page with others, light or dark.
-
-    Black, white and greys become mixtures of the page's `--ink` and `--paper`, ids begin with `prefix`, and comments
-    go, in which matplotlib repeats what it has drawn as glyphs.
-    """
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'\bid="', f'id="{prefix}-', text)
-    text = re.sub(r'href="#', f'href="#{prefix}-', text).replace("url(#", f"url(#{prefix}-")
-
-    def mixture(match: re.Match[str]) -> str:
-        return f"color-mix(in srgb, var(--ink) {100 - int(match[1], 16) / 2.55:.0f}%, var(--paper))"
-
-    return re.sub(r"(?<=: )#([0-9a-f]{2})\1\1\b", mixture, text)
 
 
 def draw(results: Results) -> list[Drawing]:
@@ -127,32 +42,6 @@ def draw(results: Results) -> list[Drawing]:
     if any("mean_importance" in stage for stage in trained):
         drawings.append(saturation(results))
     return drawings
-
-
-# ---- scores ---------------------------------------------------------------------------------------------------------
-
-
-def score(value: float, measure: str) -> str:
-    """A score as text."""
-    return f"{value:{MEASURES[measure][1]}}".replace("-", "−")
-
-
-def change(value: float, measure: str) -> str:
-    """A difference of scores as text; of shares in percentage points."""
-    is_share = MEASURES[measure][1].endswith("%")
-    return (f"{100 * value:+.1f}\N{NO-BREAK SPACE}pp" if is_share else f"{value:+.3f}").replace("-", "−")
-
-
-def between(ends: Sequence[float], write: Any, measure: str) -> str:
-    """An interval as text, by [`score`] or [`change`]."""
-    low, high = (write(end, measure) for end in ends)
-    return f"[{low},\N{NO-BREAK SPACE}{high}]"
-
-
-def short(name: str, length: int = 22) -> str:
-    """A name as it fits into a figure."""
-    name = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in name)
-    return name if len(name) <= length else f"{name[: length - 1]}…"
 
 
 def result_matrix(results: Results, measure: str) -> Drawing:
@@ -543,31 +432,6 @@ def predictions(results: Results) -> Drawing:
     columns = [inputs, targets, *(stage["predictions"] for stage in stages)]
     table += [[f"{value:.4g}".replace("-", "−") for value in row] for row in zip(*columns, strict=True)]
     return Drawing("predictions", "Predictions", "Grey: the truth.", figure, {"": table})
-
-
-def draw_benchmark(report: Report) -> list[Drawing]:
-    """The figures of a classic benchmark."""
-    final, tasks, *averages = report.rows().items()
-    drawings = [
-        Drawing(
-            "final", "Final average of every method", "Each small dot is a seed.", plot_final(report), dict([final])
-        ),
-        Drawing(
-            "tasks",
-            "Every task over all epochs",
-            "Band: 95 % interval over seeds.",
-            plot_tasks(report),
-            dict([tasks, *averages]),
-        ),
-    ]
-    if report.measure == "r2":
-        runs = {method: results[0] for method, results in report.results.items()}
-        truth = next(iter(runs.values())).run["targets"]
-        columns = [truth, *(one.stages[-1]["predictions"] for one in runs.values())]
-        table = [["true price", *runs], *([f"{value:.3f}" for value in row] for row in zip(*columns, strict=True))]
-        caption = f"Of seed {report.seeds[0]}. The table has those after the last stage, in the order of the days."
-        drawings.append(Drawing("predictions", "Predictions", caption, plot_predictions(report), {"": table}))
-    return drawings
 
 
 def frontier(curves: Sequence[Mapping[str, Any]], unit: str, tables: Mapping[str, Rows]) -> Drawing | None:

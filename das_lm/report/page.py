@@ -22,20 +22,12 @@ from das_lm.files import write_text
 from das_lm.measure.intervals import Estimate
 from das_lm.measure.results import FIGURES, FIGURES_NAME, LOWER_IS_BETTER, MEASURES, PAGE_NAME, PROBES, Results
 from das_lm.report.benchmark import SUMMARY_NAME, Choice, Report
-from das_lm.report.compare import compare, find_runs, is_finished
-from das_lm.report.figures import (
-    KINDS,
-    Drawing,
-    Rows,
-    Strong,
-    between,
-    change,
-    draw,
-    draw_benchmark,
-    drawing_style,
-    frontier,
-    score,
-)
+from das_lm.report.benchmark_plots import draw_benchmark
+from das_lm.report.compare import compare
+from das_lm.report.drawing import Drawing, Rows, Strong, drawing_style
+from das_lm.report.figures import KINDS, draw, frontier
+from das_lm.report.runs import find_runs, is_finished
+from das_lm.report.words import between, change, score
 from das_lm.terminal import Console, printable
 
 SEVERAL_NAME = "report"  # where the page of several runs goes

@@ -22,7 +22,7 @@ from das_lm.files import broken_file
 from das_lm.measure.cache import DIRECTORY as CACHE_NAME
 from das_lm.measure.cache import Cache, fingerprint, model_fingerprint
 from das_lm.measure.cloze import Questions, cloze_accuracy, load_questions
-from das_lm.measure.end_task import EndTaskConfig, Task, fine_tune, load_task
+from das_lm.measure.end_task import EndTaskConfig, TaskData, fine_tune, load_task
 from das_lm.measure.held_out import HeldOut
 from das_lm.measure.results import FILE_NAME, PAGE_NAME, Results
 from das_lm.model.adapters import base_of
@@ -286,7 +286,7 @@ class _Model:
 
         return self._get(f"questions {name}", fingerprint("cloze", self.name, questions), measure)
 
-    def end_task(self, name: str, task: Task, config: EndTaskConfig) -> dict[str, Any]:
+    def end_task(self, name: str, task: TaskData, config: EndTaskConfig) -> dict[str, Any]:
         """How well it can be fine-tuned."""
 
         def measure() -> Measurement:

@@ -20,7 +20,8 @@ from rich.markup import escape
 
 from das_lm.errors import UserError
 from das_lm.measure.results import FILE_NAME, Results
-from das_lm.report.compare import Comparison, compare, is_finished
+from das_lm.report.compare import Comparison, compare
+from das_lm.report.runs import is_finished
 from das_lm.run.recipe_file import find_recipe, load_recipe
 from das_lm.terminal import Console
 

@@ -15,15 +15,9 @@ from scipy import stats
 
 from das_lm.classic import Examples
 from das_lm.classic import benchmark as module
-from das_lm.classic.benchmark import (
-    Run,
-    benchmark,
-    choose,
-    grid,
-    learn,
-    learn_all,
-)
+from das_lm.classic.benchmark import benchmark, choose, grid, learn_all
 from das_lm.classic.models import MLP
+from das_lm.classic.runs import BenchmarkRun, learn
 from das_lm.classic.tasks import EXPERIMENTS, Experiment, Task
 from das_lm.cli import main
 from das_lm.errors import UserError
@@ -108,21 +102,21 @@ def without_seconds(results: Results) -> dict:
 
 @pytest.mark.parametrize("method", [name for name, kind in METHODS.items() if not kind.language_models_only])
 def test_a_run_is_reproducible(method):
-    run = Run("tiny", method, seed=3, options={"scp_projections": 2})
+    run = BenchmarkRun("tiny", method, seed=3, options={"scp_projections": 2})
     first = learn(run)
     torch.rand(7)  # the global random state plays no part
     assert without_seconds(learn(run)) == without_seconds(first)
 
 
 def test_a_seed_changes_the_run():
-    first, second = (learn(Run("tiny", "naive", seed=seed)) for seed in (3, 4))
+    first, second = (learn(BenchmarkRun("tiny", "naive", seed=seed)) for seed in (3, 4))
     assert without_seconds(first)["stages"] != without_seconds(second)["stages"]
 
 
 def test_matrix_and_curve_are_those_of_the_trainer(monkeypatch):
     """Against the same two tasks by hand, one trainer after the other."""
     experiment = tiny(0)
-    run = Run("tiny", "ewc", options={"penalty_weight": 30.0})
+    run = BenchmarkRun("tiny", "ewc", options={"penalty_weight": 30.0})
     results = learn(run)
     model, method = experiment.build_model(0), METHODS["ewc"]()
     rows = []
@@ -146,13 +140,13 @@ def test_matrix_and_curve_are_those_of_the_trainer(monkeypatch):
 
 def test_the_curve_ends_with_what_the_method_made_of_the_weights():
     """α = 0 goes back to the weights before: every stage ends where it began, whatever its epochs brought."""
-    results = learn(Run("tiny", "interpolate", options={"interpolation_alpha": "0", "learning_rate": 0.05}))
+    results = learn(BenchmarkRun("tiny", "interpolate", options={"interpolation_alpha": "0", "learning_rate": 0.05}))
     base = [score["accuracy"] for score in results.stages[0]["scores"].values()]
     for stage in results.stages[1:]:
         assert list(stage["curve"][-1].values()) == base != list(stage["curve"][0].values())
 
 
-def trainings(monkeypatch, run: Run) -> list[tuple[list[str], str]]:
+def trainings(monkeypatch, run: BenchmarkRun) -> list[tuple[list[str], str]]:
     """(tasks, schedule) that every trainer of a run is given."""
     seen = []
     train = ContinualTrainer.train
@@ -168,7 +162,7 @@ def trainings(monkeypatch, run: Run) -> list[tuple[list[str], str]]:
 
 
 def test_joint_learns_all_tasks_so_far(monkeypatch):
-    assert trainings(monkeypatch, Run("tiny", "joint")) == [
+    assert trainings(monkeypatch, BenchmarkRun("tiny", "joint")) == [
         (["task-0"], "interleaved"),
         (["task-0", "task-1"], "interleaved"),
     ]
@@ -176,7 +170,7 @@ def test_joint_learns_all_tasks_so_far(monkeypatch):
 
 @pytest.mark.parametrize("schedule", ["alternating", "interleaved"])
 def test_schedules_learn_all_tasks_in_one_stage(schedule, monkeypatch):
-    run = Run("tiny", "naive", schedule=schedule)
+    run = BenchmarkRun("tiny", "naive", schedule=schedule)
     assert trainings(monkeypatch, run) == [(["task-0", "task-1"], schedule)]
     results = learn(run)
     assert results.domains == {"task-0": 1, "task-1": 1}
@@ -185,8 +179,8 @@ def test_schedules_learn_all_tasks_in_one_stage(schedule, monkeypatch):
 
 def test_name_changes_with_every_field():
     """A run is found again by its configuration, and by nothing else."""
-    run = Run("tiny", "ewc+replay", options={"penalty_weight": 1.0})
-    assert run.name == Run("tiny", "ewc+replay", options={"penalty_weight": 1.0}).name
+    run = BenchmarkRun("tiny", "ewc+replay", options={"penalty_weight": 1.0})
+    assert run.name == BenchmarkRun("tiny", "ewc+replay", options={"penalty_weight": 1.0}).name
     assert run.name.startswith("ewc+replay-seed0-")
     others = {
         "experiment": "odd_even",
@@ -198,7 +192,7 @@ def test_name_changes_with_every_field():
         "epochs": 1,
         "split": "development",
     }
-    assert set(others) == {field.name for field in dataclasses.fields(Run)}
+    assert set(others) == {field.name for field in dataclasses.fields(BenchmarkRun)}
     names = [dataclasses.replace(run, **{key: value}).name for key, value in others.items()]
     assert len({run.name, *names}) == len(others) + 1
 
@@ -240,7 +234,7 @@ def test_an_interrupted_benchmark_goes_on(tmp_path, monkeypatch, no_plots):
 
 
 def test_two_processes_give_what_one_does(tmp_path):
-    runs = [Run("odd_even", method, epochs=1) for method in ("naive", "l2")]
+    runs = [BenchmarkRun("odd_even", method, epochs=1) for method in ("naive", "l2")]
     seen = []
     apart = learn_all(runs, tmp_path / "two", 2, seen.append)
     assert sorted(run.method for run in seen) == ["l2", "naive"]
@@ -252,7 +246,7 @@ def test_two_processes_give_what_one_does(tmp_path):
 
 
 def test_sigterm_leaves_no_workers(tmp_path):
-    runs = [Run("odd_even", method, epochs=epochs) for method, epochs in (("naive", 1), ("l2", 1000))]
+    runs = [BenchmarkRun("odd_even", method, epochs=epochs) for method, epochs in (("naive", 1), ("l2", 1000))]
     before = set(multiprocessing.active_children())
     with pytest.raises(Interrupted):
         learn_all(runs, tmp_path, 2, lambda run: os.kill(os.getpid(), signal.SIGTERM))
@@ -283,7 +277,7 @@ def test_search_takes_the_best_score_and_the_options_that_are_given(tmp_path, no
     choice = report.choices["l2"]
     assert [one["options"] for one in choice.tried] == [{"penalty_weight": value} for value in FEW["l2"][1]]
     scores = [
-        learn(Run("tiny", "l2", 1000, options={"ema_decay": 0.9, **one["options"]}, split="development"))
+        learn(BenchmarkRun("tiny", "l2", 1000, options={"ema_decay": 0.9, **one["options"]}, split="development"))
         for one in choice.tried
     ]
     finals = [one.matrix("accuracy")[-1].mean() for one in scores]

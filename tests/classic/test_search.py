@@ -349,7 +349,7 @@ def test_integrated_loss():
 
 def test_the_runs_of_a_trial_share_all_but_the_weight():
     """λ = 0 twice is one and the same; with it, the whole walk is that of plain training."""
-    from das_lm.classic.benchmark import Run, learn
+    from das_lm.classic.runs import BenchmarkRun, learn
 
     start = experiment_objective("odd_even", "ewc", epochs=1)
     run = start(5)
@@ -360,7 +360,7 @@ def test_the_runs_of_a_trial_share_all_but_the_weight():
     assert first[0] == second[0] and first[1] != second[1]  # the first task has no penalty yet
     assert [len(curve) for curve in nothing["curves"].values()] == [2, 1]
     for method, weight, figures in (("naive", 1.0, nothing), ("ewc", 100.0, some)):
-        results = learn(Run("odd_even", method, 5, options={"penalty_weight": weight}, epochs=1))
+        results = learn(BenchmarkRun("odd_even", method, 5, options={"penalty_weight": weight}, epochs=1))
         final = results.stages[-1]["scores"]
         assert {name: score["loss"] for name, score in final.items()} == {
             name: pytest.approx(score["loss"]) for name, score in figures["test"].items()
@@ -369,12 +369,14 @@ def test_the_runs_of_a_trial_share_all_but_the_weight():
 
 @pytest.mark.parametrize("method", ["l2", "mas", "si", "rwalk", "scp"])
 def test_every_penalty_goes_from_the_first_task_on_as_a_whole_run_does(method):
-    from das_lm.classic.benchmark import Run, learn
+    from das_lm.classic.runs import BenchmarkRun, learn
 
     parameters = {"groups": [[0, 1], [2, 3], [4, 5]], "scenario": "task"}
     options = {"scp_projections": 3, "per_device_train_batch_size": 64}
     figures = experiment_objective("split", method, parameters, options, epochs=1)(2)(10.0)
-    whole = learn(Run("split", method, 2, parameters, {**options, "penalty_weight": 10.0}, epochs=1)).stages[-1]
+    whole = learn(BenchmarkRun("split", method, 2, parameters, {**options, "penalty_weight": 10.0}, epochs=1)).stages[
+        -1
+    ]
     assert {name: test["loss"] for name, test in figures["test"].items()} == pytest.approx(
         {name: score["loss"] for name, score in whole["scores"].items()}
     )

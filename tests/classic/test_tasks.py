@@ -13,13 +13,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch.utils.data import DataLoader
 
-from das_lm.classic import (
-    EXPERIMENTS,
-    Examples,
-    TrainingExamples,
-    build_experiment,
-    load_images,
-)
+from das_lm.classic import EXPERIMENTS, Examples, TrainingExamples, build_experiment, load_images
 from das_lm.classic.images import read_idx, spread
 from das_lm.data.collating import collate
 from das_lm.errors import UserError

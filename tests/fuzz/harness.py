@@ -62,7 +62,7 @@ def nothing_trains() -> Iterator[None]:
             "das_lm.run.evaluate.fine_tune",
         ):
             stack.enter_context(mock.patch(name, side_effect=Begun))
-        stack.enter_context(mock.patch("das_lm.report.figures.Drawing.save"))  # slow; drawn they are
+        stack.enter_context(mock.patch("das_lm.report.drawing.Drawing.save"))  # slow; drawn they are
         yield
 
 

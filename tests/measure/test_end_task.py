@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from das_lm.errors import UserError
 from das_lm.measure import end_task
-from das_lm.measure.end_task import EndTaskConfig, Task, classification_scores, fine_tune, load_task
+from das_lm.measure.end_task import EndTaskConfig, TaskData, classification_scores, fine_tune, load_task
 from tests.helpers import BOS, EOS, VOCABULARY, build_tokenizer, tiny_roberta
 
 CONFIG = EndTaskConfig(seeds=(0,), learning_rate=3e-3, epochs=3, batch_size=8, max_length=16)
@@ -34,7 +34,7 @@ def synthetic_task(noise=0.0):
             rows.append((text, draw.randrange(3) if draw.random() < noise else label))
         return rows
 
-    return Task("synthetic", ["a", "b", "c"], examples(96), examples(30), examples(30), {})
+    return TaskData("synthetic", ["a", "b", "c"], examples(96), examples(30), examples(30), {})
 
 
 def save(directory):

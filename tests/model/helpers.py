@@ -1,22 +1,10 @@
 """Tiny causal models."""
 
 import torch
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from das_lm.data.masking import labeling
-from tests.helpers import (
-    BOS,
-    EOS,
-    PAD,
-    VOCABULARY,
-    build_tokenizer,
-    random_blocks,
-)
+from tests.helpers import BOS, EOS, PAD, VOCABULARY, build_tokenizer, random_blocks
 
 SHAPE = {"vocab_size": VOCABULARY, "bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
 

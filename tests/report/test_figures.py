@@ -9,19 +9,9 @@ from matplotlib.colors import to_rgba
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 
-from das_lm.report.figures import (
-    BETTER,
-    TINT,
-    WORSE,
-    Strong,
-    draw,
-    drawing_style,
-    frontier,
-    importance_maps,
-    inline_svg,
-    result_matrix,
-    short,
-)
+from das_lm.report.drawing import BETTER, WORSE, Strong, drawing_style, inline_svg
+from das_lm.report.figures import TINT, draw, frontier, importance_maps, result_matrix
+from das_lm.report.words import short
 from tests.report.full_runs import language_run, small_run
 
 DOMAINS = ["bio", "cs", "law"]

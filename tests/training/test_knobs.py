@@ -7,21 +7,14 @@ import types
 import pytest
 import torch
 from datasets import Dataset
-from transformers import (
-    TrainingArguments,
-)
+from transformers import TrainingArguments
 
 from das_lm import DASConfig, Importance
 from das_lm.units import Units
 from das_lm.units.importance import FILE_NAME
 from tests.helpers import WORDS, random_blocks, tiny_roberta
 from tests.methods.helpers import METHOD_KNOBS
-from tests.training.helpers import (
-    config,
-    importance_of,
-    parameters,
-    trainer_of,
-)
+from tests.training.helpers import config, importance_of, parameters, trainer_of
 
 DOCUMENTS = Dataset.from_dict({"text": [" ".join(WORDS[i % 50 : i % 50 + 8]) for i in range(60)]})
 

@@ -8,13 +8,7 @@ from datasets import Dataset
 
 from das_lm.units import gated
 from tests.helpers import WORDS, random_blocks, tiny_roberta
-from tests.training.helpers import (
-    assert_equal,
-    importance_of,
-    losses,
-    parameters,
-    trainer_of,
-)
+from tests.training.helpers import assert_equal, importance_of, losses, parameters, trainer_of
 
 # ---- evaluation -----------------------------------------------------------------------------------------------------
 

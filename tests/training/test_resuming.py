@@ -9,14 +9,7 @@ import torch
 from das_lm.errors import UserError
 from das_lm.files import newest_checkpoint, seal
 from tests.helpers import random_blocks, tiny_roberta
-from tests.training.helpers import (
-    assert_equal,
-    importance_of,
-    losses,
-    parameters,
-    run_of,
-    trainer_of,
-)
+from tests.training.helpers import assert_equal, importance_of, losses, parameters, run_of, trainer_of
 
 RESUMABLE = {
     "max_steps": 8,

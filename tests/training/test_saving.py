@@ -4,22 +4,13 @@ import json
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForMaskedLM,
-    TrainerCallback,
-)
+from transformers import AutoModelForMaskedLM, TrainerCallback
 
 from das_lm import Importance
 from das_lm.errors import UserError
 from das_lm.units.importance import FILE_NAME
 from tests.helpers import rewrite_importance, tiny_roberta
-from tests.training.helpers import (
-    assert_equal,
-    importance_of,
-    parameters,
-    run_of,
-    trainer_of,
-)
+from tests.training.helpers import assert_equal, importance_of, parameters, run_of, trainer_of
 
 # ---- what is no unit ------------------------------------------------------------------------------------------------
 

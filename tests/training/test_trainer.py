@@ -6,14 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    BertConfig,
-    BertForMaskedLM,
-    RobertaForMaskedLM,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import BertConfig, BertForMaskedLM, RobertaForMaskedLM, Trainer, TrainerCallback, TrainingArguments
 
 from das_lm import ContinualTrainer, DASTrainer, Importance
 from das_lm.data.blocks import TrainingBlocks

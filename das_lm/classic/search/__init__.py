@@ -10,8 +10,8 @@ had no part in the choice.
 from das_lm.classic.search.curve import LEVEL, Curve, compare, verdict
 from das_lm.classic.search.directory import EVALUATIONS_NAME, PLOT_NAME, RESULT_NAME, SETTINGS_NAME
 from das_lm.classic.search.objectives import (
+    LearnAt,
     Objective,
-    Run,
     check_method,
     experiment_objective,
     integrated_loss,
@@ -29,7 +29,7 @@ __all__ = [
     "Objective",
     "PLOT_NAME",
     "RESULT_NAME",
-    "Run",
+    "LearnAt",
     "SAMPLERS",
     "SETTINGS_NAME",
     "Search",

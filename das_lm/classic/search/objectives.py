@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from das_lm.classic.benchmark import Run as BenchmarkRun
-from das_lm.classic.benchmark import checked_options, make_trainer, train_and_measure
+from das_lm.classic.benchmark import checked_options
+from das_lm.classic.runs import BenchmarkRun, make_trainer, train_and_measure
 from das_lm.errors import NotFinite, UserError, did_you_mean
 from das_lm.files import write_text
 from das_lm.measure.results import FILE_NAME, Results
@@ -28,9 +28,9 @@ from das_lm.run.recipe import Recipe
 from das_lm.run.walk import continual_pretrain
 
 #: λ -> `measure`, the integrated loss (`None`: training diverged), and whatever else is worth keeping, as JSON.
-Run = Callable[[float], Mapping[str, Any]]
+LearnAt = Callable[[float], Mapping[str, Any]]
 #: Seed of a trial -> its runs, which share everything but λ.
-Objective = Callable[[int], Run]
+Objective = Callable[[int], LearnAt]
 
 
 def integrated_loss(curves: Sequence[Sequence[float]]) -> float | None:

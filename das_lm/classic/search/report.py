@@ -16,6 +16,7 @@ from das_lm.classic.search.curve import LEVEL, Curve, verdict
 from das_lm.classic.search.directory import PLOT_NAME, RESULT_NAME, Ledger
 from das_lm.classic.search.settings import Search
 from das_lm.files import write_json
+from das_lm.report.drawing import BETTER, WORSE
 from das_lm.report.table import console_table
 from das_lm.terminal import Console
 
@@ -128,7 +129,7 @@ def plot(curve: Curve, result: Mapping[str, Any], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    blue, orange, grey = "#0072B2", "#D55E00", "#666666"  # told apart with any colour vision (Okabe and Ito)
+    blue, orange, grey = BETTER, WORSE, "#666666"
     figure = Figure(figsize=(8, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

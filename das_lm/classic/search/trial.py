@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from das_lm.classic.search.directory import Ledger
-from das_lm.classic.search.objectives import Objective, Run
+from das_lm.classic.search.objectives import LearnAt, Objective
 from das_lm.classic.search.settings import OPTUNA, Search
 from das_lm.errors import UserError, did_you_mean
 
@@ -109,7 +109,7 @@ class Trial:
         self.limit: int | None = None
 
     @cached_property
-    def run(self) -> Run:
+    def run(self) -> LearnAt:
         return self.objective(self.search.trial_seed(self.number))
 
     def measure(self, weight: float) -> float:

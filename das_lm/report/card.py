@@ -20,6 +20,7 @@ from das_lm.training.config import ContinualConfig
 from das_lm.units.importance import FILE_NAME as IMPORTANCE_NAME
 
 FILE_NAME = "README.md"
+TEMPLATE = str(Path(__file__).with_name("templates") / "card.md")
 #: What a push leaves out: what only a resumed run reads, and the training text that the memories of replay hold.
 NOT_PUSHED = ("manifest.json", "trainer_state.json", *files_with_training_text())
 
@@ -64,11 +65,11 @@ def model_card(results: Results, directory: Path, repository: str | None = None)
     )
     place = json.dumps(repository or directory.name, ensure_ascii=False)
     is_adapter = recipe.get("peft", {}).get("adapters", "merge") != "merge"
-    load, imports, needed = f"{loader}.from_pretrained({place})", "", "`transformers`"
+    load, needed = f"{loader}.from_pretrained({place})", "`transformers`"
     if is_adapter:
         name = base if _is_on_hub(base) else os.path.basename(os.path.normpath(base))
         load = f"PeftModel.from_pretrained({loader}.from_pretrained({json.dumps(name, ensure_ascii=False)}), {place})"
-        imports, needed = "from peft import PeftModel\n", f"`transformers`, `peft` and {start}"
+        needed = f"`transformers`, `peft` and {start}"
     data = ModelCardData(
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag=task,
@@ -89,64 +90,53 @@ def model_card(results: Results, directory: Path, repository: str | None = None)
             for measure, name in (("loss", f"loss, {results.unit}"), ("accuracy", "top-1 accuracy"))
         ],
     )
-    parts = [
-        f"# {start} after {_plain(', '.join(learned))}",
-        f"{start}, further trained by {kind} language modeling on {_bold(learned)}"
-        f"{f' ({order})' if len(learned) > 1 else ''} with the method `{'+'.join(recipe['method'])}` of das-lm: "
-        f"stage {number} of {count}.",
-        "## Load it",
-        f"```python\n{imports}from transformers import {loader}, AutoTokenizer\n\n"
-        f"model = {load}\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({place})\n```",
-        f"Nothing but {needed} is needed. To teach it a further domain, from a copy on disk:",
-        "```shell\ndas-lm pretrain --recipe RECIPE --model_name_or_path DIRECTORY --domain NAME=PATH\n```",
-        "## What it learned",
-        _table([["domain", "learned", "text", "training documents", "held-out documents"], *_domains(results)]),
-        "## How",
-        *_new_head(recipe),
-        f"Method: `{'+'.join(recipe['method'])}`. Schedule: {recipe['schedule']}. Training arguments that the recipe "
-        "sets:",
-        _table([["argument", "value"], *_arguments(recipe)]),
-        "## What it kept and forgot",
-        f"Held-out loss in {results.unit} after every stage (lower is better; in brackets its 95 % interval, by "
-        "bootstrap over documents), and top-1 accuracy. In bold: the stage in which the domain was learned.",
-        _table([["after", *(_plain(_titled(*domain)) for domain in results.domains.items())], *_matrix(results)]),
-        _list(_words(results)),
-        f"Figures of the loss, in {results.unit}. Gain and transfer are good when positive, forgetting and drift bad.",
-        _table([["figure", "value"], *_figures(results)]),
-        "## Limits",
-        _list(_limits(results)),
-        "## Versions",
-        ", ".join(f"{name} {version}" for name, version in results.run["versions"].items())
-        + f"; {_plain(results.run['device'])}",
-    ]
-    if (directory / IMPORTANCE_NAME).is_file():
-        parts[6:6] = [
-            f"`{IMPORTANCE_NAME}` beside the weights says which attention heads and neurons hold what was learned so "
-            "far; das-lm takes it from there."
-        ]
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
+    return ModelCard.from_template(
+        data,
+        TEMPLATE,
+        table=_table,
+        start=start,
+        learned=_plain(", ".join(learned)),
+        learned_in_bold=_bold(learned),
+        order=f" ({order})" if len(learned) > 1 else "",
+        kind=kind,
+        method="+".join(recipe["method"]),
+        schedule=recipe["schedule"],
+        number=number,
+        count=count,
+        is_adapter=is_adapter,
+        loader=loader,
+        load=load,
+        place=place,
+        needed=needed,
+        importance_file=IMPORTANCE_NAME if (directory / IMPORTANCE_NAME).is_file() else "",
+        domains=_domains(results),
+        new_head=_new_head(recipe),
+        arguments=_arguments(recipe),
+        unit=results.unit,
+        titles=[_plain(_titled(*domain)) for domain in results.domains.items()],
+        matrix=_matrix(results),
+        words=_words(results),
+        figures=_figures(results),
+        limits=_limits(results),
+        versions=", ".join(f"{name} {version}" for name, version in results.run["versions"].items()),
+        device=_plain(results.run["device"]),
+    )
 
 
-def _new_head(recipe: dict[str, Any]) -> list[str]:
+def _new_head(recipe: dict[str, Any]) -> str:
     if "new_lm_head" not in recipe:
-        return []
+        return ""
     name = _plain(os.path.basename(os.path.normpath(recipe["model_name_or_path"])))
-    return [
+    return (
         f"{name} came without an LM head. It got a new one, tied to the embeddings and trained alone at first, for "
         f"{recipe['new_lm_head']:,} steps on {_bold([entry['name'] for entry in recipe['measure']])}; 'base' below is "
         "measured with it."
-    ]
+    )
 
 
-def _table(rows: list[list[str]]) -> str:
-    """Rows of Markdown cells, the first the header."""
-    header, *rows = rows
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    """A table of Markdown cells."""
     return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
-
-
-def _list(lines: list[str]) -> str:
-    return "\n".join(f"- {line}" for line in lines)
 
 
 def _titled(domain: str, stage: int | None) -> str:

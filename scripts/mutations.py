@@ -129,13 +129,25 @@ MUTATIONS = {
         "methods/interpolate.py",
         "torch.lerp(self.old[name], new[name], share)",
         "torch.lerp(new[name], self.old[name], share)",
-        "methods/test_every_method.py",
+        "methods/test_replay.py",
     ),
     "lwf: no temperature": Mutation(
         "methods/lwf.py",
         "return temperature**2 * F.kl_div",
         "return F.kl_div",
-        "methods/test_every_method.py",
+        "methods/test_replay.py",
+    ),
+    "anchor: the divergence the other way round": Mutation(
+        "methods/anchor.py",
+        "F.kl_div(ours, taught,",
+        "F.kl_div(taught, ours,",
+        "methods/test_anchor.py",
+    ),
+    "anchor: the domain's loss is of the remembered rows too": Mutation(
+        "training/trainer.py",
+        'own = outputs.of_first(len(inputs["input_ids"]))',
+        "own = outputs",
+        "methods/test_anchor.py",
     ),
     "trainer: the loss of a batch is not divided by the step's": Mutation(
         "training/trainer.py",

@@ -9,6 +9,7 @@ from importlib.metadata import EntryPoint, entry_points
 
 from das_lm.errors import UserError
 from das_lm.methods.agem import AGEM
+from das_lm.methods.anchor import Anchor
 from das_lm.methods.arguments import knob
 from das_lm.methods.base import Method
 from das_lm.methods.das import DAS
@@ -32,7 +33,7 @@ from das_lm.methods.spg import SPG
 logger = logging.getLogger(__name__)
 
 BUILT_IN = (
-    *(AGEM, DAS, EMA, EWC, GEM, Interpolate, Joint, L2, LwF),
+    *(AGEM, Anchor, DAS, EMA, EWC, GEM, Interpolate, Joint, L2, LwF),
     *(MAS, Naive, NCL, Replay, RWalk, SCP, SelfReplay, SI, SPG),
 )
 ENTRY_POINTS = "das_lm.methods"
@@ -132,6 +133,7 @@ __all__ = [
     "SCP",
     "SI",
     "SPG",
+    "Anchor",
     "Interpolate",
     "Joint",
     "LwF",

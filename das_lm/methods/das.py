@@ -132,24 +132,28 @@ class DAS(Method):
         if self.args.contrast_weight == 0:
             return batch
         views = 3 if self.args.contrast_prior_gradient else 2
-        self.prior_view = None if views == 3 else self._prior_view(batch)  # before the gates below are in place
+        count, self._before_views = len(batch["example_id"]), len(batch["input_ids"])  # others may have added rows
+        own = {name: batch[name][:count] for name in ("input_ids", "attention_mask", "labels")}
+        self.prior_view = None if views == 3 else self._prior_view(own)  # before the gates below are in place
         gates = self._view_gates(batch["example_id"], views)
         if gates:
             until_backward.enter_context(gated(self.units, gates))
-        return {
-            "input_ids": torch.cat([batch["input_ids"]] + [self.trainer.criterion.unmasked(batch)] * views),
-            "attention_mask": batch["attention_mask"].repeat(1 + views, 1),
-            "labels": torch.cat([batch["labels"]] + [torch.full_like(batch["labels"], IGNORED)] * views),
+        added = {
+            "input_ids": self.trainer.criterion.unmasked(own),
+            "attention_mask": own["attention_mask"],
+            "labels": torch.full_like(own["labels"], IGNORED),
         }
+        return {**batch, **{name: torch.cat([batch[name]] + [rows] * views) for name, rows in added.items()}}
 
     def loss(self, model: nn.Module, batch: dict[str, torch.Tensor], outputs: Output) -> dict[str, torch.Tensor]:
         """λ times the contrastive loss (equation 8)."""
         args = self.args
         if args.contrast_weight == 0:
             return {}
-        views = outputs.hidden.split(len(batch["input_ids"]))[1:]
+        views = outputs.hidden[self._before_views :].split(len(batch["input_ids"]))
         prior = views[2] if args.contrast_prior_gradient else self.prior_view
-        anchor, positive, prior = (mean_pool(view, batch["attention_mask"]) for view in (*views[:2], prior))
+        mask = F.pad(batch["attention_mask"], (0, outputs.hidden.shape[1] - batch["attention_mask"].shape[1]))
+        anchor, positive, prior = (mean_pool(view, mask[:, : view.shape[1]]) for view in (*views[:2], prior))
         return {
             "contrast": args.contrast_weight * contrastive_loss(anchor, positive, prior, args.contrast_temperature)
         }
@@ -271,10 +275,10 @@ class DAS(Method):
         gates = {}
         for key, importance in self.importance.values.items():
             ones = importance.new_ones(rows, len(importance))
-            parts = [ones, drops.get(key, ones.repeat(2, 1))]
+            parts = [importance.new_ones(self._before_views, len(importance)), drops.get(key, ones.repeat(2, 1))]
             if views == 3:
                 parts.append(importance.expand(rows, -1))
-            gates[key] = torch.cat(parts)  # [(1 + views) × rows, units]
+            gates[key] = torch.cat(parts)  # [all rows, units]
         return gates
 
     @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -26,11 +27,7 @@ class Teacher:
     """
 
     def __init__(self, trainer: Engine, state: Mapping[str, torch.Tensor] | None = None, file_name: str = ""):
-        if trainer.args.chunked_cross_entropy:
-            raise UserError(
-                "chunked_cross_entropy: a method that teaches output distributions (lwf, self_replay with "
-                "self_replay_target: distributions) needs them whole; leave it off"
-            )
+        self.check(trainer.args)
         self.trainer = trainer
         self.model = copy.deepcopy(trainer.model).eval().requires_grad_(False)
         self.criterion = trainer.criterion.of(self.model)
@@ -38,6 +35,15 @@ class Teacher:
             weights = self._weights()
             for name, tensor in taken(state, "teacher", weights, file_name).items():
                 weights[name].copy_(tensor)
+
+    @staticmethod
+    def check(args: Any) -> None:
+        """Raises `UserError` where the student never has its distributions whole."""
+        if args.chunked_cross_entropy:
+            raise UserError(
+                "chunked_cross_entropy: a method that teaches output distributions (anchor, lwf, self_replay with "
+                "self_replay_target: distributions) needs them whole; leave it off"
+            )
 
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, torch.Tensor]) -> Output:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -48,6 +48,14 @@ class Output:
     def classifies(self) -> bool:
         """Whether the targets are classes: then the loss is the cross-entropy, otherwise the squared error."""
         return not self.targets.is_floating_point()
+
+    def of_first(self, rows: int) -> Output:
+        """Return the same of the first rows alone."""
+        count = int((self.rows < rows).sum())
+        if count == len(self.rows):
+            return self
+        parts = {name: getattr(self, name) for name in ("logits", "targets", "rows", "features")}
+        return replace(self, **{name: part if part is None else part[:count] for name, part in parts.items()})
 
     def losses(self, label_smoothing: float = 0.0) -> torch.Tensor:
         """

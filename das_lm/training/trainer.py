@@ -275,11 +275,12 @@ class ContinualTrainer(MeasuringTrainer):
         if outputs.loss is not None:
             loss = self._share(outputs.loss, num_items_in_batch)
         else:
-            losses = outputs.losses(self.args.label_smoothing_factor)
+            own = outputs.of_first(len(inputs["input_ids"]))
+            losses = own.losses(self.args.label_smoothing_factor)
             if num_items_in_batch is None:
                 return (losses.mean(), outputs) if return_outputs else losses.mean()
             for method in self.methods:
-                losses = method.change_losses(inputs, outputs, losses)
+                losses = method.change_losses(inputs, own, losses)
             loss = self._share(losses, num_items_in_batch)
         self.guard.note(self.criterion.name, loss)
         for method in self.methods:

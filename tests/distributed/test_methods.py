@@ -9,7 +9,7 @@ from das_lm.methods import METHODS
 from tests.distributed import run_in_two_processes
 from tests.helpers import build_tokenizer, random_blocks, tiny_roberta
 
-METHODS_HERE = ["ewc", "mas", "scp", "si", "rwalk", "replay", "lwf", "ema"]
+METHODS_HERE = ["ewc", "mas", "scp", "si", "rwalk", "replay", "lwf", "ema", "anchor"]
 SCRIPT = """
 import sys
 import torch
@@ -30,6 +30,7 @@ def train(directory, batch_size):
                 max_steps=4,
                 max_length=12,
                 importance_samples=13,
+                importance_batch_size=4,
                 learning_rate=0.02,
                 lr_scheduler_type="constant",
                 optim="sgd",

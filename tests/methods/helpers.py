@@ -22,6 +22,8 @@ METHOD_KNOBS = {
     "replay_ratio": ("replay", 0.9, {"replay_ratio": 0.2}),
     "self_replay_target": ("self_replay", "distributions", {"replay_ratio": 0.5}),
     "self_replay_sweeps": ("self_replay", 1, {"replay_ratio": 0.5}),
+    "anchor_weight": ("anchor", 5.0, {"anchor_share": 1.0}),
+    "anchor_share": ("anchor", 0.5, {}),
     "lwf_weight": ("lwf", 1.0, {}),
     "lwf_temperature": ("lwf", 1.0, {}),
     "interpolation_alpha": ("interpolate", "0.9", {}),

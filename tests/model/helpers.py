@@ -29,7 +29,20 @@ def tiny_llama(seed: int = 0) -> LlamaForCausalLM:
 
 TOKENIZER = build_tokenizer()
 
-ADAPTED_METHODS = ["agem", "das", "ema", "gem", "interpolate", "joint", "lwf", "naive", "replay", "self_replay"]
+ADAPTED_METHODS = ["agem", "anchor", "das", "ema", "gem", "interpolate", "joint", "lwf", "naive", "replay"]
+ADAPTED_METHODS += ["self_replay"]
+    "agem",
+    "anchor",
+    "das",
+    "ema",
+    "gem",
+    "interpolate",
+    "joint",
+    "lwf",
+    "naive",
+    "replay",
+    "self_replay",
+]
 
 
 def weights_of(model) -> dict[str, torch.Tensor]:

@@ -23,6 +23,7 @@ from das_lm.data.masking import IGNORED, NextTokens
 from das_lm.errors import UserError
 from das_lm.measure.results import Results
 from das_lm.methods import METHODS
+from das_lm.methods.writing import Writer
 from tests.helpers import BOS, EOS, PAD, VOCABULARY, build_tokenizer, random_blocks, tiny_roberta
 from tests.model.helpers import LLAMA_SHAPE, SHAPE, tiny_gpt2, tiny_llama
 
@@ -312,7 +313,7 @@ def test_self_replay_writes_what_the_model_says(tmp_path):
         model.transformer.wte.weight.copy_(torch.randn(VOCABULARY, 32, generator=torch.Generator().manual_seed(0)))
     args = arguments(tmp_path, memory_size=3, max_length=10)
     trainer = ContinualTrainer(model, args, "self_replay", random_blocks(8), processing_class=build_tokenizer())
-    drawn = trainer.methods[0]._written()
+    drawn = Writer(trainer).blocks()
     assert len(drawn) == 3 and all(block.shape == (10,) and block[0] == BOS for block in drawn)
     assert all(PAD not in block[1:].tolist() for block in drawn)  # special tokens but the end of a text are not drawn
 

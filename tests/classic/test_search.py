@@ -513,7 +513,7 @@ def test_bad_methods(method, message):
         ({"parameters": {"groups": [[0, 1]]}}, "a single task has nothing to hold on to"),
         ({"options": {"penalty_weight": 1}}, "penalty_weight: is what is searched for; leave it out"),
         ({"options": {"learning_rat": 1}}, "learning_rat.*Did you mean 'learning_rate'"),
-        ({"options": {"fisher": "exact"}}, "fisher: 'exact' is none of true, empirical"),
+        ({"options": {"fisher": "exact"}}, "fisher: expected one of 'true', 'empirical', not the text 'exact'"),
         ({"epochs": 0}, "epochs: 0 must be 1 or more"),
     ],
 )

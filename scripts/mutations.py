@@ -173,10 +173,10 @@ MUTATIONS = {
         "worth[stage, j]",
         "measure/test_results.py",
     ),
-    "frontier: dominated runs stay": Mutation(
+    "frontier: straight lines between the runs": Mutation(
         "report/frontier.py",
-        "min(loss for other, loss in runs if other >= gain)",
-        "min(loss for other, loss in runs if other == gain)",
+        "if min(below, above) <= 1e-9 * slope:",
+        "if True:",
         "report/test_frontier.py",
     ),
     "packing: the windows of a document overlap": Mutation(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM, RobertaForMaskedLM, Trainer, TrainerCallback, TrainingArguments
 
-from das_lm import ContinualTrainer, DASTrainer, Importance
+from das_lm import ContinualTrainer, DASTrainer
 from das_lm.data.blocks import TrainingBlocks
 from das_lm.data.collating import PaddingCollator
 from das_lm.data.masking import MLMMasking
@@ -30,20 +30,6 @@ def assert_close(ours, theirs, tolerance):
     assert ours.keys() == theirs.keys()
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=tolerance, msg=lambda t, n=name: f"{n}: {t}")
-
-
-@pytest.fixture
-def quiet_importance(monkeypatch):
-    """Leaves the importance passes out, for tests that set importance themselves or need none."""
-
-    def give(value=0.0):
-        def known(self):
-            return Importance("paper", {k: torch.full((n,), value) for k, n in self.units.sizes.items()})
-
-        monkeypatch.setattr("das_lm.methods.das.DAS._known_importance", known)
-        monkeypatch.setattr("das_lm.methods.das.DAS.end_domain", lambda self: None)
-
-    return give
 
 
 # ---- equivalences ---------------------------------------------------------------------------------------------------

@@ -137,3 +137,7 @@ def signal_at_step(monkeypatch: Any, number: int, step: int, times: int = 1) -> 
         return original(self, *arguments)
 
     monkeypatch.setattr(ContinualTrainer, "training_step", training_step)
+
+
+class Interrupted(Exception):
+    """What a test ends a run with."""

@@ -11,8 +11,8 @@ from das_lm.cli import main
 from das_lm.errors import UserError
 from das_lm.measure.results import Results
 from das_lm.run.sweep import parse_entry
-from das_lm.signals import Interrupted
 from das_lm.training.trainer import ContinualTrainer
+from tests.helpers import Interrupted
 
 ENTRIES = ("--sweep", "naive: learning_rate=1e-3,1e-2", "--sweep", "das: learning_rate=1e-3,1e-2 contrast_weight=0")
 RUNS = [

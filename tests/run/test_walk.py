@@ -24,7 +24,7 @@ from das_lm.run.recipe_file import load_recipe
 from das_lm.training.trainer import ContinualTrainer
 from das_lm.units import Units
 from das_lm.units.importance import Importance
-from tests.helpers import build_tokenizer, run_recipe, save_model, tiny_roberta
+from tests.helpers import Interrupted, build_tokenizer, run_recipe, save_model, tiny_roberta
 
 
 def test_walk_writes_whole_checkpoints_and_the_matrix(finished):
@@ -79,10 +79,6 @@ def test_a_directory_is_no_markup(world, finished, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert f"Results: {output}/forgetting.json    Model: {output}/2-cs" in printed
     assert f"Report: {output}/report.html" in printed
-
-
-class Interrupted(Exception):
-    """What a test ends a run with."""
 
 
 def test_finished_domains_are_not_repeated(world, finished, tmp_path, monkeypatch):

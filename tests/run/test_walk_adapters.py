@@ -15,8 +15,7 @@ from das_lm import ContinualTrainer
 from das_lm.cli import main
 from das_lm.measure.end_task import EndTask
 from das_lm.measure.results import Results
-from das_lm.signals import Interrupted
-from tests.helpers import run_recipe, save_model, tiny_roberta
+from tests.helpers import Interrupted, run_recipe, save_model, tiny_roberta
 from tests.model.helpers import ADAPTED_METHODS, ROWS, assert_close, assert_equal, batch_of, tiny_llama, weights_of
 
 

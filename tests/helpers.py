@@ -106,7 +106,7 @@ def run_recipe(world: Path, output: Path, *options: str) -> int:
     return main(["pretrain", "--recipe", str(world / "recipe.yaml"), "--output_dir", str(output), *options])
 
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
 
 def step_losses(output: Path) -> list[float]:
@@ -120,7 +120,7 @@ def step_losses(output: Path) -> list[float]:
 
 
 def load_script(name: str) -> ModuleType:
-    path = Path(__file__).parents[2] / "scripts" / f"{name}.py"
+    path = Path(__file__).parents[1] / "scripts" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

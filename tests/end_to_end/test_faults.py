@@ -250,7 +250,7 @@ def test_a_launcher_that_passes_ctrl_c_on_is_no_second_signal(monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
 
 
-@pytest.mark.parametrize("where, name", [(DAS, "end_domain"), (ContinualTrainer, "measure"), (pretrain, "save_model")])
+@pytest.mark.parametrize("where, name", [(DAS, "end_domain"), (ContinualTrainer, "measure"), (pretrain, "_save")])
 def test_a_signal_where_nothing_is_learned_stops_at_once(world, finished, tmp_path, monkeypatch, where, name):
     original = getattr(where, name)
 
@@ -280,7 +280,7 @@ def _in_callback():
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("moment", [_InDestructor, _in_callback])
-@pytest.mark.parametrize("where, name", [(pretrain, "save_model"), (pretrain.Walk, "record"), (DAS, "begin_domain")])
+@pytest.mark.parametrize("where, name", [(pretrain, "_save"), (pretrain.Walk, "record"), (DAS, "begin_domain")])
 def test_a_signal_that_python_drops_is_heard_later(world, finished, tmp_path, monkeypatch, moment, where, name):
     original = getattr(where, name)
 

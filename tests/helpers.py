@@ -106,6 +106,15 @@ def run_recipe(world: Path, output: Path, *options: str) -> int:
     return main(["pretrain", "--recipe", str(world / "recipe.yaml"), "--output_dir", str(output), *options])
 
 
+def refused(world: Path, output: Path, capsys, *options: str) -> str:
+    """What a recipe that is refused says."""
+    capsys.readouterr()
+    assert run_recipe(world, output, *options) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error and not output.exists()
+    return error
+
+
 ROOT = Path(__file__).parents[1]
 
 

@@ -11,7 +11,7 @@ from tests.methods.helpers import METHOD_KNOBS, World, equal, parameters
 
 
 def works(kind: str, method: str) -> bool:
-    return kind == "language model" or method not in ("das", "self_replay")
+    return kind == "language model" or not METHODS[method].language_models_only
 
 
 @pytest.fixture(params=["language model", "module"])

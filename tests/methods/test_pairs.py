@@ -106,7 +106,7 @@ def hold(model: nn.Module, methods: dict, units) -> dict[str, torch.Tensor]:
 
 def learn(directory, names, **options) -> dict[str, torch.Tensor]:
     """Two domains; everything that came out."""
-    language = bool({"das", "self_replay"} & set(names))
+    language = any(METHODS[name].language_models_only for name in names)
     model = tiny_roberta(num_hidden_layers=1, hidden_size=16, intermediate_size=16) if language else Classifier()
     methods = {name: METHODS[name]() for name in names}
     for domain in range(2):

@@ -4,7 +4,6 @@ import copy
 import importlib.util
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ from das_lm.methods import METHODS
 from das_lm.model.objective import has_active_dropout, run_language_model
 from das_lm.units import Units, gated
 from das_lm.units.importance import measure_importance
-from tests.helpers import random_blocks, run_recipe, save_model, tiny_roberta
+from tests.helpers import random_blocks, refused, save_model, tiny_roberta
 from tests.model.helpers import (
     ADAPTED_METHODS,
     ROWS,
@@ -339,14 +338,6 @@ def test_another_module_takes_no_adapter(tmp_path):
 # ---- bad input ------------------------------------------------------------------------------------------------------
 
 
-def refused(world: Path, output: Path, capsys, *options: str) -> str:
-    capsys.readouterr()
-    assert run_recipe(world, output, *options) == 2
-    error = capsys.readouterr().err
-    assert "Traceback" not in error and not output.exists()
-    return error
-
-
 @pytest.mark.parametrize(
     ("peft", "options", "phrase"),
     [
@@ -393,53 +384,3 @@ def test_a_quantized_base_at_full_weights(world, tmp_path, capsys):
     model = ["--model_name_or_path", str(tmp_path / "base")]
     assert "adapters: apart" in refused(world, tmp_path / "run", capsys, *model)
     assert "without loss" in refused(world, tmp_path / "run", capsys, *model, "--peft", '{"adapters": "stack"}')
-
-
-def _deeper(directory: Path, world: Path) -> str:
-    save_model(tiny_roberta(num_hidden_layers=1), world)
-    return "another model"
-
-
-def _wider(directory: Path, world: Path) -> str:
-    save_model(tiny_roberta(hidden_size=16), world)
-    return "does not fit its model"
-
-
-def _gone(directory: Path, world: Path) -> str:
-    shutil.rmtree(world)
-    return "cannot be loaded"
-
-
-def _truncated(directory: Path, world: Path) -> str:
-    path = directory / "adapter_model.safetensors"
-    path.write_bytes(path.read_bytes()[:100])
-    return "broken"
-
-
-def _nameless(directory: Path, world: Path) -> str:
-    path = directory / "adapter_config.json"
-    path.write_text(path.read_text().replace(json.dumps(str(world)), "null"))
-    return "base_model_name_or_path"
-
-
-@pytest.mark.parametrize("damage", [_deeper, _wider, _gone, _truncated, _nameless])
-def test_an_adapter_without_its_model(world, runs, tmp_path, capsys, damage):
-    base, adapter = tmp_path / "base", tmp_path / "adapter"
-    shutil.copytree(world / "model", base)
-    shutil.copytree(runs["stack"] / "2-cs", adapter)
-    config = adapter / "adapter_config.json"
-    config.write_text(config.read_text().replace(str(world / "model"), str(base)))
-    phrase = damage(adapter, base)
-    assert phrase in refused(world, tmp_path / "run", capsys, "--model_name_or_path", str(adapter))
-
-
-def test_an_adapter_of_another_model(world, runs, tmp_path, capsys):
-    other = save_model(tiny_roberta(seed=1), tmp_path / "other")
-    options = ["--checkpoint", f"base={other}", "--checkpoint", f"bio={runs['stack']}/1-bio"]
-    options += ["--domain", f"old={world}/old.txt", "--output_dir", str(tmp_path / "measured"), "--max_length", "24"]
-    assert main(["evaluate", *options]) == 2
-    error = capsys.readouterr().err
-    assert f"is of another model: of '{world}/model', not of '{other}'" in error
-    assert not (tmp_path / "measured" / "forgetting.json").exists()
-    options = ["--model_name_or_path", str(runs["stack"] / "2-cs"), "--peft", '{"adapters": "stack"}']
-    assert "is an adapter itself" in refused(world, tmp_path / "run", capsys, *options)

@@ -15,7 +15,7 @@ from das_lm import ContinualTrainer
 from das_lm.cli import main
 from das_lm.measure.end_task import EndTask
 from das_lm.measure.results import Results
-from tests.helpers import Interrupted, run_recipe, save_model, tiny_roberta
+from tests.helpers import Interrupted, refused, run_recipe, save_model, tiny_roberta
 from tests.model.helpers import ADAPTED_METHODS, ROWS, assert_close, assert_equal, batch_of, tiny_llama, weights_of
 
 
@@ -250,3 +250,56 @@ def test_causal_models_walk_too(world, tmp_path):
     assert run_recipe(world, tmp_path / "run", *options) == 0
     model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tmp_path / "llama"), tmp_path / "run" / "2-cs")
     assert model.active_peft_config.r == 4 and model.active_peft_config.task_type == "CAUSAL_LM"
+
+
+# ---- what is refused -----------------------------------------------------------------------------------------------
+
+
+def _deeper(directory: Path, world: Path) -> str:
+    save_model(tiny_roberta(num_hidden_layers=1), world)
+    return "another model"
+
+
+def _wider(directory: Path, world: Path) -> str:
+    save_model(tiny_roberta(hidden_size=16), world)
+    return "does not fit its model"
+
+
+def _gone(directory: Path, world: Path) -> str:
+    shutil.rmtree(world)
+    return "cannot be loaded"
+
+
+def _truncated(directory: Path, world: Path) -> str:
+    path = directory / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    return "broken"
+
+
+def _nameless(directory: Path, world: Path) -> str:
+    path = directory / "adapter_config.json"
+    path.write_text(path.read_text().replace(json.dumps(str(world)), "null"))
+    return "base_model_name_or_path"
+
+
+@pytest.mark.parametrize("damage", [_deeper, _wider, _gone, _truncated, _nameless])
+def test_an_adapter_without_its_model(world, runs, tmp_path, capsys, damage):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    shutil.copytree(world / "model", base)
+    shutil.copytree(runs["stack"] / "2-cs", adapter)
+    config = adapter / "adapter_config.json"
+    config.write_text(config.read_text().replace(str(world / "model"), str(base)))
+    phrase = damage(adapter, base)
+    assert phrase in refused(world, tmp_path / "run", capsys, "--model_name_or_path", str(adapter))
+
+
+def test_an_adapter_of_another_model(world, runs, tmp_path, capsys):
+    other = save_model(tiny_roberta(seed=1), tmp_path / "other")
+    options = ["--checkpoint", f"base={other}", "--checkpoint", f"bio={runs['stack']}/1-bio"]
+    options += ["--domain", f"old={world}/old.txt", "--output_dir", str(tmp_path / "measured"), "--max_length", "24"]
+    assert main(["evaluate", *options]) == 2
+    error = capsys.readouterr().err
+    assert f"is of another model: of '{world}/model', not of '{other}'" in error
+    assert not (tmp_path / "measured" / "forgetting.json").exists()
+    options = ["--model_name_or_path", str(runs["stack"] / "2-cs"), "--peft", '{"adapters": "stack"}']
+    assert "is an adapter itself" in refused(world, tmp_path / "run", capsys, *options)

@@ -91,14 +91,14 @@ def test_measuring_the_run_further_changes_nothing(world, finished, tmp_path, mo
     assert [stage["scores"] for stage in after] == [stage["scores"] for stage in before]
 
 
-@pytest.mark.parametrize("stopped", ["train_head", "copy_whole", "record", "save_model"])
+@pytest.mark.parametrize("stopped", ["train_head", "copy_whole", "record", "_save"])
 def test_a_run_that_was_interrupted_ends_the_same(world, finished, tmp_path, monkeypatch, stopped):
     where = pretrain.Walk if stopped == "record" else pretrain
     output, original, calls = tmp_path / "run", getattr(where, stopped), []
 
     def stop(*args, **kwargs):
         calls.append(args)
-        if stopped == "save_model" and len(calls) < 3:  # the base in the temporary directory, and bio
+        if stopped == "_save" and len(calls) < 3:  # the base in the temporary directory, and bio
             return original(*args, **kwargs)
         raise KeyboardInterrupt
 

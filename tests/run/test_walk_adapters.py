@@ -170,7 +170,8 @@ def test_every_other_method_over_two_domains(method, world, tmp_path):
             assert torch.equal(weight, before[name]) != is_target, name
         before = after
     kept = {path.name for path in (tmp_path / "run" / "2-cs").glob("*.safetensors")} - {"model.safetensors"}
-    files = {"das": "importance", "self_replay": "selfreplay", **{n: n for n in ("agem", "gem", "replay", "lwf")}}
+    named = ("agem", "anchor", "gem", "replay", "lwf")
+    files = {"das": "importance", "self_replay": "selfreplay", **{n: n for n in named}}
     assert kept == ({f"{files[method]}.safetensors"} if method in files else set())
 
 

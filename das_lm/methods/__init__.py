@@ -103,13 +103,19 @@ def files_with_training_text(methods: Iterable[Method] = ()) -> list[str]:
 def without_effect(methods: Iterable[Method]) -> str | None:
     """What to tell a person of methods, attached before a domain, that do nothing in it: they hold on to earlier
     domains, and there is none."""
-    idle = [one for one in methods if one.needs_domain_ends and not one.protects_base and not one.state_dict()]
+    idle = [
+        one
+        for one in methods
+        if one.needs_domain_ends
+        and not (one.protects_base or one.state_dict())
+        and not (one.trainer.remembered and (one.consolidates_base or one.draws_remembered))
+    ]
     if not idle:
         return None
     protecting = [name for name, kind in METHODS.items() if kind.protects_base]
     return (
-        f"{', '.join(one.name for one in idle)}: no effect, for nothing was learned before that it could hold on to. "
-        f"Methods that protect the base model: {', '.join(protecting)}"
+        f"{', '.join(one.name for one in idle)}: no effect, for nothing was learned before that it could hold on to; "
+        f"give it something with remember. Methods that protect the base model without: {', '.join(protecting)}"
     )
 
 

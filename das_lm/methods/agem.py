@@ -25,6 +25,8 @@ class AGEM(Replay):
     """
 
     works_sharded = False
+    consolidates_base = True
+    draws_remembered = False
     mixes = False
     arguments = MemoryArguments
     search_grid = None

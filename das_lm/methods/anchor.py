@@ -1,10 +1,12 @@
-"""Anchor: the base model's output distributions are held on text that it wrote (arXiv 2605.26097, 2509.04259)."""
+"""Anchor: output distributions are held on text that stands for the past (arXiv 2605.26097, 2509.04259)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Annotated
+from types import MappingProxyType
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,112 +17,215 @@ from das_lm.data.blocks import TrainingBlocks
 from das_lm.data.collating import PaddingCollator
 from das_lm.data.masking import labeling
 from das_lm.errors import UserError
-from das_lm.methods.arguments import NotNegative, knob
-from das_lm.methods.base import Engine, Method
-from das_lm.methods.memory import Reservoir
-from das_lm.methods.teacher import Teacher
+from das_lm.methods.arguments import Count, MemoryArguments, NotNegative, knob
+from das_lm.methods.base import Engine, Method, Tensors
+from das_lm.methods.memory import Reservoir, check_tokens
+from das_lm.methods.remembered import Drawing
+from das_lm.methods.targets import (
+    CachedTargets,
+    RowsAsMasked,
+    divergence_from_draws,
+    divergence_from_teacher,
+    selected,
+)
+from das_lm.methods.teacher import AdapterOff, Teacher
 from das_lm.methods.writing import Writer, WritingArguments
 from das_lm.model.objective import Output
-from das_lm.randomness import addressed_seed
 
 
 @dataclass
-class AnchorArguments(WritingArguments):
+class AnchorArguments(WritingArguments, MemoryArguments):
     anchor_weight: NotNegative = knob(
-        1.0, "λ of the KL divergence from the base model on what it wrote; a nat of it costs as much as λ of the loss."
+        1.0, "λ of the KL divergence on remembered text; a nat of it costs as much as λ nats of the domain's loss."
     )
     anchor_share: Annotated[float, Interval(ge=0.01, le=1)] = knob(
         0.25, "Remembered rows per row of the domain. They come beside it: the domain is not seen less."
+    )
+    anchor_teacher: Literal["auto", "copy", "adapter", "cached"] = knob(
+        "auto",
+        "Who knows the base model's distributions: a frozen 'copy', the model with its LoRA 'adapter' off, or 'cached' "
+        "tokens that were drawn from them once; 'auto' is 'adapter' with an adapter, 'cached' under FSDP2, else 'copy'.",
+    )
+    anchor_draws: Count = knob(64, "Tokens that are drawn from a distribution where it is cached.")
+    anchor_variants: Count = knob(4, "Masks of each remembered row, of a masked model, where targets are cached.")
+    keep_text: bool = knob(
+        True,
+        "Whether rows of a finished domain's text are kept to hold on to it; without, rows that the model writes then.",
     )
 
 
 class Anchor(Method):
     """
-    loss + λ E KL(p_base(·|x) ‖ p_θ(·|x)) over the predicted tokens x of text that the base model writes before the
-    first domain ([`Writer`]): on such text this is how much its loss rises, in nats per token. The base model is the
-    teacher in every domain, so that what is lost does not add up.
+    loss + λ E KL(p_T(·|x) ‖ p_θ(·|x)) over the predicted tokens x of remembered rows, forward KL at temperature 1. T is
+    the model that knew them: of `remember` the base model, of a finished domain's rows the model at its end, so that
+    what is lost does not add up. On text that the base model wrote, this is how much its loss rises, in nats per token.
 
     Remembered rows come beside the domain's, in the same forward pass: each row of the domain brings one along with a
     chance of `anchor_share`, a pure function of (seed, domain, epoch, row), so that a step is the same on any number
-    of processes and batches. The mean is over as many predictions as are expected, `anchor_share` × the domain's.
+    of processes and batches. All that is remembered before the first domain is drawn as often as any one finished
+    domain. The mean is over as many predictions as are expected, `anchor_share` × the domain's.
 
-    Memory: `memory_size` blocks, one copy of the model, and a forward pass of it on the remembered rows.
+    Memory: `memory_size` rows of every finished domain, with `anchor_draws` tokens for each of their predictions, and
+    of the base model a copy ('copy') or such tokens too ('cached').
     """
 
     #: Before `das`, whose gates then know how many rows there are.
     order = -1
     protects_base = True
-    works_sharded = False
+    draws_remembered = needs_remembered = True
+    holds_training_text = True
     language_models_only = True
     arguments = AnchorArguments
 
     def __init__(self):
-        self.memory: Reservoir | None = None
-        self.teacher: Teacher | None = None
+        self.finished: dict[str, Any] = {}  # domain -> its rows
+        self.targets: dict[str, CachedTargets] = {}  # of a past
+        self.teacher: Teacher | AdapterOff | None = None  # of the base model
 
     def attach(self, trainer: Engine) -> None:
-        """Raises `UserError` for a module that writes no text, and where the loss is computed in chunks."""
+        """Raises `UserError` for a module, and for a teacher that the model cannot have."""
         if trainer.units is None:
-            raise UserError("method: 'anchor' needs a language model, which can write text; use 'replay'")
-        Teacher.check(trainer.args)
-        if self.memory is None:
-            self.memory = Reservoir(trainer.args.memory_size, trainer.args.seed)
+            raise UserError(
+                "method: 'anchor' needs a language model; for another use 'replay', or 'ewc' with remember"
+            )
+        teacher = trainer.args.anchor_teacher
+        if teacher == "adapter" and not trainer.has_adapter:
+            raise UserError("anchor_teacher: 'adapter' needs a LoRA adapter to turn off: give peft, or write copy")
+        if teacher == "copy" and trainer.is_sharded:
+            raise UserError("anchor_teacher: a sharded model cannot be copied; write cached")
         super().attach(trainer)
 
+    # ---- what is remembered ----------------------------------------------------------------------------------------
+
     def begin_domain(self) -> None:
-        """Copy the model and let it write, unless that was done before an earlier domain."""
-        if self.teacher is None:
-            self.teacher = Teacher(self.trainer)
-            self.memory.add([{"input_ids": block} for block in Writer(self.trainer).blocks()])
-        tokenizer, args = self.trainer.processing_class, self.args
-        masking = labeling(tokenizer, self.trainer.criterion.causal, args.mlm_probability)
-        self._blocks, self._collator = TrainingBlocks({}, masking, args.seed), PaddingCollator(tokenizer)
+        """Before the first domain, take down what the base model says of what is remembered."""
+        trainer, args = self.trainer, self.args
+        masking = labeling(trainer.processing_class, trainer.criterion.causal, args.mlm_probability)
+        self._blocks = TrainingBlocks({}, masking, args.seed)
+        self._collator = PaddingCollator(trainer.processing_class)
+        self.base = {name: source for name, source in trainer.remembered.sources.items() if source.weight}
+        if trainer.domain in self.base:
+            raise UserError(f"remember: '{trainer.domain}' is the name of the domain that is learned; write another")
+        kind = self._kind_of_teacher()
+        if kind == "copy" and self.teacher is None:
+            self.teacher = Teacher(trainer)
+        elif kind == "adapter" and not self.finished:
+            self.teacher = AdapterOff(trainer)
+        if kind != "copy":
+            for name, source in self.base.items():
+                self._take_targets(name, source.rows)
+        total = sum(source.weight for source in self.base.values())
+        base = {name: (source.rows, source.weight / total) for name, source in self.base.items()}
+        self.pasts = base | {name: (rows, 1.0) for name, rows in self.finished.items()}
+        self._draw = Drawing(self.pasts, args.seed)
+        self._masked = {name: self._as_masked(name, rows) for name, (rows, _) in self.pasts.items()}
+
+    def _kind_of_teacher(self) -> str:
+        if self.args.anchor_teacher != "auto":
+            return self.args.anchor_teacher
+        return "adapter" if self.trainer.has_adapter else "cached" if self.trainer.is_sharded else "copy"
+
+    def _as_masked(self, name: str, rows: Any) -> RowsAsMasked:
+        return RowsAsMasked(name, rows, self.trainer, self._blocks, self._collator)
+
+    def _take_targets(self, name: str, rows: Any) -> None:
+        """What the model says now of the rows of a past, unless that is known."""
+        if name not in self.targets:
+            variants = 1 if self.trainer.criterion.causal else self.args.anchor_variants
+            masked = self._as_masked(name, rows)
+            self.targets[name] = CachedTargets.of(self.trainer, masked, variants, self.args.anchor_draws)
+
+    def end_domain(self) -> None:
+        """The finished domain joins what is remembered."""
+        trainer, args = self.trainer, self.args
+        if args.keep_text:
+            memory = Reservoir(args.memory_size, args.seed)
+            for rows in trainer.train_dataset.domains.values():
+                memory.add(rows)
+            rows = memory.rows
+        else:
+            rows = Writer(trainer).rows(args.memory_size, "finished")
+        self.targets.pop(trainer.domain, None)  # of an earlier time that it was learned
+        self._take_targets(trainer.domain, rows)
+        self.finished[trainer.domain] = rows
+
+    # ---- a batch ---------------------------------------------------------------------------------------------------
 
     def add_rows(self, batch: dict[str, torch.Tensor], until_backward: ExitStack) -> dict[str, torch.Tensor]:
-        """Append the remembered rows that this batch's rows bring along."""
-        self._first, self._remembered = len(batch["input_ids"]), self._chosen(batch["example_id"].tolist())
-        if self._remembered is None:
+        """Append the remembered rows that this batch's rows bring along: first those whose targets are cached."""
+        self._first, drawn = len(batch["input_ids"]), self._drawn(batch["example_id"].tolist())
+        self._cached = [one for one in drawn if self._is_cached(one[0])]
+        live = [one for one in drawn if not self._is_cached(one[0])]
+        self._live = None
+        parts = [self._masked[name].batch([(row, variant)]) for name, row, variant in [*self._cached, *live]]
+        if not parts:
             return batch
-        columns = {name: (batch[name], self._remembered[name]) for name in ("input_ids", "attention_mask", "labels")}
-        length = max(rows.shape[1] for rows in columns["input_ids"])
-        padding = self._collator.padding
-        return {
-            **batch,
-            **{
-                name: torch.cat([F.pad(rows, (0, length - rows.shape[1]), value=padding[name]) for rows in pair])
-                for name, pair in columns.items()
-            },
-        }
+        if live:
+            self._live = self._padded(parts[len(self._cached) :])
+        return self._padded([batch, *parts], batch)
 
-    def _chosen(self, examples: list[int]) -> dict[str, torch.Tensor] | None:
-        """The remembered rows that go with rows of the domain, as a batch; `None` where there is none."""
-        args, epoch, rows = self.args, int(self.trainer.state.epoch or 0), []
-        for example in examples:
-            draw = addressed_seed(args.seed, "anchor", self.trainer.domain, epoch, example)
-            if draw % 2**32 < args.anchor_share * 2**32:
-                index = (draw >> 32) % len(self.memory)
-                row = self._blocks.row(self.memory, ("anchor", self.trainer.domain, example), index, epoch)
-                rows.append({name: row[name] for name in ("input_ids", "labels")})
-        if not rows or args.anchor_weight == 0:
-            return None
-        return {name: column.to(args.device) for name, column in self._collator(rows).items()}
+    def _drawn(self, examples: list[int]) -> list[tuple[str, int, int]]:
+        """The (past, row, variant) that go with rows of the domain; a live teacher sees new masks every time."""
+        args, epoch, drawn = self.args, int(self.trainer.state.epoch or 0), []
+        for example in examples if args.anchor_weight else ():
+            found = self._draw(args.anchor_share, "anchor", self.trainer.domain, epoch, example)
+            if found:
+                name, row, other = found
+                drawn.append((name, row, other % self.targets[name].variants if self._is_cached(name) else other))
+        return drawn
+
+    def _is_cached(self, name: str) -> bool:
+        return name in self.finished or self.teacher is None
+
+    def _padded(
+        self, parts: list[dict[str, torch.Tensor]], others: Mapping[str, Any] = MappingProxyType({})
+    ) -> dict[str, torch.Tensor]:
+        length, padding = max(part["input_ids"].shape[1] for part in parts), self._collator.padding
+        together = {
+            name: torch.cat(
+                [F.pad(part[name], (0, length - part[name].shape[1]), value=padding[name]) for part in parts]
+            )
+            for name in ("input_ids", "attention_mask", "labels")
+        }
+        return {**others, **together}
 
     def loss(self, model: nn.Module, batch: dict[str, torch.Tensor], outputs: Output) -> dict[str, torch.Tensor]:
         """λ times the divergence of each prediction in the remembered rows, [predictions], over their share."""
-        if self._remembered is None:
-            return {"anchor": outputs.hidden.new_zeros(0, dtype=torch.float32)}
-        last = self._first + len(self._remembered["input_ids"])
-        theirs = (outputs.rows >= self._first) & (outputs.rows < last)
-        ours = F.log_softmax(outputs.logits[theirs].float(), dim=-1)
-        taught = F.log_softmax(self.teacher(self._remembered).logits.float(), dim=-1)
-        divergence = F.kl_div(ours, taught, reduction="none", log_target=True).sum(-1)
-        return {"anchor": self.args.anchor_weight / self.args.anchor_share * divergence}
+        ours = outputs.rows - self._first
+        parts = [outputs.hidden.new_zeros(0, dtype=torch.float32)]
+        cached, live = len(self._cached), 0 if self._live is None else len(self._live["input_ids"])
+        if cached:
+            known = [self.targets[name].at([(row, variant)], ours.device) for name, row, variant in self._cached]
+            tokens, log_p = (torch.cat(part) for part in zip(*known, strict=True))
+            parts.append(divergence_from_draws(selected(outputs, (ours >= 0) & (ours < cached)), tokens, log_p))
+        if live:
+            chosen = (ours >= cached) & (ours < cached + live)
+            parts.append(divergence_from_teacher(selected(outputs, chosen), self.teacher(self._live)))
+        return {"anchor": self.args.anchor_weight / self.args.anchor_share * torch.cat(parts)}
 
     # ---- state -----------------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        return {**self.memory.state_dict(), **self.teacher.state_dict()} if self.teacher else {}
+    def state_dict(self) -> Tensors:
+        state = dict(self.teacher.state_dict()) if self.teacher else {}
+        for name, targets in self.targets.items():
+            state |= {f"{name}/{key}": tensor for key, tensor in targets.state_dict().items()}
+        for name, rows in self.finished.items():
+            memory = Reservoir(len(rows), self.args.seed)
+            memory.rows, memory.seen = rows, len(rows)
+            state |= {f"{name}/{key}": tensor for key, tensor in memory.state_dict().items()}
+        return state
 
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        self.memory.load_state_dict(state, self.trainer)
-        self.teacher = Teacher(self.trainer, state, self.file_name)
+    def load_state_dict(self, state: Tensors) -> None:
+        """Raises `ValueError` for what is no such state, `UserError` for a teacher of another model."""
+        if any(key.startswith("teacher.") for key in state):
+            self.teacher = Teacher(self.trainer, state, self.file_name)
+        self.targets, self.finished = {}, {}
+        vocabulary = len(self.trainer.units.model.get_input_embeddings().weight)
+        for name in dict.fromkeys(key.rpartition("/")[0] for key in state if "/" in key):
+            own = {key.rpartition("/")[2]: tensor for key, tensor in state.items() if key.rpartition("/")[0] == name}
+            self.targets[name] = CachedTargets.from_state(own, vocabulary)
+            if "memory.seen" in own:
+                memory = Reservoir(len(self.targets[name]), self.args.seed)
+                memory.load_state_dict(own)
+                check_tokens(memory.rows, self.trainer)
+                self.finished[name] = memory.rows

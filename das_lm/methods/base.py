@@ -36,6 +36,8 @@ class Engine(Protocol):
     methods: list[Method]  # all, in their order
     units: Any  # the model's `Units`; `None` of a module that is no language model
     criterion: Any  # what a batch asks of the model: `LanguageModeling` or `ModuleLoss`
+    has_adapter: bool  # whether a LoRA adapter is trained
+    remembered: Any  # `Remembered`, what stands for the model's past; `None` if nothing does
 
     @property
     def is_sharded(self) -> bool:
@@ -56,6 +58,9 @@ class Engine(Protocol):
 
     def private_randomness(self, *address: Any) -> AbstractContextManager[None]:
         """Make random draws a function of (seed, domain, address), and leave training's alone."""
+
+    def reading(self, domains: Mapping[str, Any]) -> AbstractContextManager[None]:
+        """Let [`importance_batches`] and `train_dataset` be of other rows, as if they were the domain."""
 
     def development_loss(self) -> float:
         """Return the mean loss on `development_dataset`."""
@@ -101,6 +106,13 @@ class Method:
     holds_training_text = False
     #: Whether it acts in the first domain, for the sake of the base model, or only once a domain has ended.
     protects_base = False
+    #: Whether it holds on to the base model where something stands for its past ([`Remembered`]): its `begin_domain`
+    #: and `end_domain` are then called on that, before the first domain.
+    consolidates_base = False
+    #: Whether it draws rows of what is remembered itself.
+    draws_remembered = False
+    #: Whether it cannot do without; the model then writes it, if nothing is given.
+    needs_remembered = False
     #: Whether it needs text, and so learns no classic tasks.
     language_models_only = False
     #: Its arguments, a dataclass of fields by [`knob`]: all that it reads, beside what all training does.

@@ -35,8 +35,9 @@ class DASArguments(SoftMasking, Measuring):
     importance: str = knob(
         "auto",
         "Where the importance of what the model already knows comes from: 'auto' takes importance.safetensors beside "
-        "the model's weights and else computes the proxy; 'proxy' always computes it; any other value is a path to an "
-        "importance file or to a directory that holds one.",
+        "the model's weights and else computes the proxy; 'proxy' always computes it; 'remembered' takes the gradient "
+        "on what stands for the past (remember); any other value is a path to an importance file or to a directory "
+        "that holds one.",
     )
     importance_normalization: Normalization = knob(
         "paper",
@@ -105,7 +106,9 @@ class DAS(Method):
         where = self.args.importance
         if where == "auto":
             where = str(self.beside(FILE_NAME) or "proxy")
-        if where != "proxy" and self.importance is None:
+        if where == "remembered" and trainer.remembered is None:
+            raise UserError("importance: 'remembered' needs text that stands for the past: give remember")
+        if where not in ("proxy", "remembered") and self.importance is None:
             self.importance = Importance.load(where, self.units)
         self._check_importance()
         if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in self.units.model.parameters()):
@@ -211,7 +214,11 @@ class DAS(Method):
 
     def _known_importance(self) -> Importance:
         importance = Importance(self.args.importance_normalization, accumulation=self.args.importance_accumulation)
-        importance.accumulate("general", self._proxy_importance())
+        if self.args.importance == "remembered":
+            with self.trainer.reading({"remembered": self.trainer.remembered.as_domain()}):
+                importance.accumulate("general", self._domain_importance())
+        else:
+            importance.accumulate("general", self._proxy_importance())
         return importance
 
     def _proxy_importance(self) -> dict[str, torch.Tensor]:

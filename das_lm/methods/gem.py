@@ -38,6 +38,7 @@ class GEM(Method):
     needs_domain_ends = True
     holds_training_text = True
     works_sharded = False
+    consolidates_base = True
     arguments = GEMArguments
     search_grid = ("gem_margin", (0.0, 0.5, 1.0, 2.0))
     order = 1

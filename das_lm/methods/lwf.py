@@ -46,6 +46,7 @@ class LwF(Method):
 
     def attach(self, trainer: Engine) -> None:
         super().attach(trainer)
+        Teacher.check(self.args)
         self.protects_base = trainer.units is not None
         self._seen: set[int] = set()
 

@@ -85,10 +85,7 @@ class Reservoir(Dataset):
         if not 0 < len(self) <= self.seen:
             raise ValueError(f"a memory of {len(self)} rows of {self.seen}")
         if trainer is not None and trainer.units is not None:
-            vocabulary = len(trainer.units.model.get_input_embeddings().weight)
-            longest = longest_input(trainer.units.model, trainer.processing_class)
-            for row in self.rows:
-                _check_tokens(row, vocabulary, longest)
+            check_tokens(self.rows, trainer)
         elif trainer is not None and trainer.train_dataset is not None:
             own = next(iter(trainer.train_dataset.domains.values()))[0]
             kinds = [{name: torch.as_tensor(value).ndim for name, value in row.items()} for row in (own, self.rows[0])]
@@ -96,16 +93,19 @@ class Reservoir(Dataset):
                 raise ValueError(f"rows with {', '.join(columns)}, not as the domain's, with {', '.join(own)}")
 
 
-def _check_tokens(row: dict[str, torch.Tensor], vocabulary: int, longest: float) -> None:
+def check_tokens(rows: Sequence[dict[str, torch.Tensor]], trainer: Engine) -> None:
     """Raises `ValueError` for a row that is no block of token ids, or too much for the model."""
-    ids = row.get("input_ids")
-    if row.keys() != {"input_ids"} or ids.ndim != 1 or ids.dtype not in (torch.int32, torch.int64):
-        raise ValueError("rows that are no blocks of token ids")
-    if not 0 < len(ids) <= longest or not 0 <= ids.min() <= ids.max() < vocabulary:
-        raise ValueError(
-            f"a block of {len(ids)} tokens with ids up to {ids.max() if len(ids) else None}; the model reads up to "
-            f"{longest:,.0f} tokens of {vocabulary}"
-        )
+    vocabulary = len(trainer.units.model.get_input_embeddings().weight)
+    longest = longest_input(trainer.units.model, trainer.processing_class)
+    for row in rows:
+        ids = row.get("input_ids")
+        if row.keys() != {"input_ids"} or ids.ndim != 1 or ids.dtype not in (torch.int32, torch.int64):
+            raise ValueError("rows that are no blocks of token ids")
+        if not 0 < len(ids) <= longest or not 0 <= ids.min() <= ids.max() < vocabulary:
+            raise ValueError(
+                f"a block of {len(ids)} tokens with ids up to {ids.max() if len(ids) else None}; the model reads up "
+                f"to {longest:,.0f} tokens of {vocabulary}"
+            )
 
 
 def _copied(row: dict[str, Any]) -> dict[str, torch.Tensor]:

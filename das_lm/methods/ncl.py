@@ -49,6 +49,7 @@ class NCL(Method):
     works_with_adapters = False
     works_sharded = False
     protects_base = True
+    consolidates_base = True
     arguments = NCLArguments
     search_grid = ("ncl_radius", (0.03, 0.1, 0.3, 1.0, 3.0, 10.0))
     needs = {"optim": "sgd", "learning_rate": 0.1}  # it makes the step itself

@@ -33,6 +33,7 @@ class Penalty(Method):
     """
 
     needs_domain_ends = True
+    consolidates_base = True
     works_with_adapters = False
     arguments = PenaltyArguments
     kept = ("importance", "anchor")

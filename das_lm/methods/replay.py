@@ -22,7 +22,7 @@ class ReplayArguments(MemoryArguments):
 class Replay(Method):
     """
     `replay_ratio` of the training rows come from a memory of `memory_size` rows, a uniform sample of all domains so
-    far. The number of steps stays, so that the domain itself is seen that much less: what a mix at a fixed budget is.
+    far, and from what is remembered of the base model, by the weights of its sources. The number of steps stays, so that the domain itself is seen that much less: what a mix at a fixed budget is.
     Beside [`SelfReplay`], each takes that share.
 
     Memory: `memory_size` rows; no forward pass more.
@@ -32,6 +32,7 @@ class Replay(Method):
     holds_training_text = True
     arguments = ReplayArguments
     search_grid = ("replay_ratio", (0.1, 0.25, 0.5, 0.75))
+    draws_remembered = True
     #: Whether the memory is trained on.
     mixes = True
 
@@ -51,8 +52,16 @@ class Replay(Method):
         super().attach(trainer)
 
     def begin_domain(self) -> None:
+        """What is remembered and the memory share the replayed rows, half and half if there are both."""
+        past = self.trainer.remembered if self.draws_remembered else None
+        sources = {f"{type(self).__name__} {name}": one for name, one in past.sources.items()} if past else {}
+        memories = {name: (one.rows, one.weight) for name, one in sources.items() if one.weight}
         if self.mixes and len(self.memory):
-            self.trainer.train_dataset.replay(type(self).__name__, self.memory, self.args.replay_ratio)
+            total = sum(weight for _, weight in memories.values()) or 1.0
+            memories[type(self).__name__] = (self.memory, total)
+        total = sum(weight for _, weight in memories.values())
+        for name, (rows, weight) in memories.items():
+            self.trainer.train_dataset.replay(name, rows, self.args.replay_ratio * weight / total)
 
     def end_domain(self) -> None:
         for rows in self.trainer.train_dataset.domains.values():

@@ -37,6 +37,7 @@ class RWalk(PathIntegral):
     the old score, and during a step the gradient and the parameters before it.
     """
 
+    consolidates_base = False  # it measures the path of training, and has not seen the base model's
     arguments = RWalkArguments
     search_grid = ("penalty_weight", (1e-1, 1.0, 10.0, 100.0, 1e3))
     kept = (*PathIntegral.kept, "fisher", "score", "old_score", "start")

@@ -41,6 +41,7 @@ class SelfReplay(Replay):
     protects_base = True
     arguments = SelfReplayArguments
     search_grid = None
+    draws_remembered = False
     language_models_only = True
     name = "self_replay"
     holds_training_text = False
@@ -54,6 +55,8 @@ class SelfReplay(Replay):
         if trainer.units is None:
             raise UserError("method: 'self_replay' needs a language model, which can write text; use 'replay'")
         super().attach(trainer)
+        if self.args.self_replay_target == "distributions":
+            Teacher.check(self.args)
         if trainer.is_sharded and self.args.self_replay_target == "distributions":
             raise UserError(
                 "self_replay_target: 'distributions' keeps a copy of the model, and a sharded one cannot be copied: "
@@ -64,7 +67,7 @@ class SelfReplay(Replay):
         if not len(self.memory):
             if self.args.self_replay_target == "distributions":
                 self.teacher = Teacher(self.trainer)
-            self.memory.add([{"input_ids": block} for block in Writer(self.trainer).blocks()])
+            self.memory.add(Writer(self.trainer).rows(self.args.memory_size))
         super().begin_domain()
 
     def change_losses(self, batch: Mapping[str, torch.Tensor], outputs: Output, losses: torch.Tensor) -> torch.Tensor:

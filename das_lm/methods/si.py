@@ -56,6 +56,7 @@ class SI(PathIntegral):
     gradient and the parameters before it.
     """
 
+    consolidates_base = False  # it measures the path of training, and has not seen the base model's
     arguments = SIArguments
     search_grid = ("penalty_weight", (1.0, 10.0, 100.0, 1e3, 1e4))
     kept = (*PathIntegral.kept, "start")

@@ -37,6 +37,7 @@ class SPG(Method):
     needs_domain_ends = True
     works_with_adapters = False
     works_sharded = False
+    consolidates_base = True
     arguments = SPGArguments
     search_grid = ("soft_mask_strength", (0.25, 0.5, 0.75, 1.0))
     kept = ("importance",)

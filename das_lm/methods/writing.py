@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -11,6 +12,7 @@ from das_lm.data.masking import IGNORED
 from das_lm.data.packing import special_tokens, start_token
 from das_lm.methods.arguments import Batches, Count, MemoryArguments, knob
 from das_lm.methods.base import Engine
+from das_lm.signals import check_signals
 
 GROUPS = 7  # of a block's tokens, drawn anew one after the other: about as much is masked at a time as in training
 
@@ -33,20 +35,28 @@ class Writer:
         self.trainer = trainer
 
     @torch.no_grad()
-    def blocks(self) -> list[torch.Tensor]:
-        """Return `memory_size` blocks of `max_length` token ids."""
+    def rows(self, count: int, *address: Any) -> list[dict[str, torch.Tensor]]:
+        """
+        Return `count` rows, each with `input_ids`, [max_length], on the CPU.
+
+        Args:
+            count: how many.
+            address: of the draws; what is written elsewhere is other text.
+        """
         trainer, args = self.trainer, self.trainer.args
         model, was_training = trainer.model, trainer.model.training
         model.eval()
-        starts = range(0, args.memory_size, args.importance_batch_size)
+        starts = range(0, count, args.importance_batch_size)
         hidden = args.disable_tqdm or not trainer.is_world_process_zero()
-        blocks: list[torch.Tensor] = []
-        with trainer.private_randomness("self_replay"):
+        rows: list[dict[str, torch.Tensor]] = []
+        with trainer.private_randomness("self_replay", *address):
             for start in tqdm(starts, desc="writing text to remember", unit="batch", disable=hidden):
-                rows = min(args.importance_batch_size, args.memory_size - start)
-                blocks.extend((self._sampled if trainer.criterion.causal else self._gibbs)(rows).cpu())
+                check_signals()
+                size = min(args.importance_batch_size, count - start)
+                written = (self._sampled if trainer.criterion.causal else self._gibbs)(size).cpu()
+                rows.extend({"input_ids": block} for block in written)
         model.train(was_training)
-        return blocks
+        return rows
 
     def _sampled(self, rows: int) -> torch.Tensor:
         """Token ids, shape [rows, max_length], each drawn from what stands before it; a text may end, and another

@@ -52,6 +52,10 @@ class Rows:
             return data
         return TrainingRows({self.domain: self.rows(_train_split(data), "train_dataset")}, self.seed)
 
+    def rows_to_train_on(self, domains: Mapping[str, Any]) -> TrainingRows:
+        """Training rows of domains, whose rows are as they have to be."""
+        return TrainingRows(domains, self.seed)
+
     def held_out(self, data: Any, where: str = "eval_dataset") -> Any:
         """What is measured: a data set, or a dictionary of them by domain."""
         return _by_domain(data, where, self.rows)
@@ -153,6 +157,12 @@ class Text:
                 data = pack(data, self.tokenizer, self.max_length)
             data = TrainingBlocks({self.domain: data}, self.masking, self.seed)
         return data
+
+    def rows_to_train_on(self, domains: Mapping[str, Any]) -> TrainingBlocks:
+        """See [`Rows.rows_to_train_on`]."""
+        blocks = TrainingBlocks({}, self.masking, self.seed)
+        blocks.domains = dict(domains)
+        return blocks
 
     def held_out(self, data: Any, where: str = "eval_dataset") -> Any:
         """What is measured: [`HeldOutWindows`], or a dictionary of them by domain."""

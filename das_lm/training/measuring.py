@@ -135,6 +135,16 @@ class MeasuringTrainer(SavingTrainer):
 
     # ---- for methods -----------------------------------------------------------------------------------------------
 
+    @contextmanager
+    def reading(self, domains: Mapping[str, Any]) -> Iterator[None]:
+        """Let [`importance_batches`] and `train_dataset` be of other rows, as if they were the domain, by its name."""
+        before = self.train_dataset, self.domain
+        self.train_dataset, (self.domain, *_) = self.inputs.rows_to_train_on(domains), domains
+        try:
+            yield
+        finally:
+            self.train_dataset, self.domain = before
+
     def importance_batches(self, epoch: int, count: int | None = None) -> Iterator[dict[str, torch.Tensor]]:
         """Yield this process's share of `count` blocks (by default `importance_samples`), in batches on the device,
         with the order and masks of an `epoch` (negative: never trained on), behind a progress bar."""

@@ -28,6 +28,7 @@ from das_lm.training.guard import Guard
 from das_lm.training.hooks import Hooks
 from das_lm.training.measuring import MeasuringTrainer
 from das_lm.training.optimizer import scale_learning_rate
+from das_lm.training.remembering import remembered_by
 from das_lm.units import Architecture, Units
 from das_lm.units.sharding import named_parameters
 
@@ -66,6 +67,10 @@ class ContinualTrainer(MeasuringTrainer):
             `hyperparameter_search`.
         model_init_kwargs: for `from_pretrained`, of a model that is given by name.
         text_column: the column that holds the text.
+        remember: what stands for what the model knew before the first domain, for the methods that hold on to it:
+            data as `train_dataset`, `"self"`, text that the model writes, or how many rows of it; or a dictionary of
+            these by name, each alone or with a weight, such as `{"wiki": (texts, 2.0), "self": 4096}`. A later domain
+            goes on with what was written before the first.
         data_collator: makes a batch of rows that are masked and labelled already, in place of [`PaddingCollator`].
         kwargs: further arguments of the Trainer. `compute_metrics` gets the logits and labels that
             [`predict`] returns.
@@ -92,6 +97,7 @@ class ContinualTrainer(MeasuringTrainer):
         model_init: Callable[..., nn.Module] | None = None,
         model_init_kwargs: Mapping[str, Any] | None = None,
         text_column: str = "text",
+        remember: Any = None,
         data_collator: Callable[[list], dict[str, torch.Tensor]] | None = None,
         **kwargs: Any,
     ):
@@ -101,6 +107,7 @@ class ContinualTrainer(MeasuringTrainer):
         if args.device.type == "cpu":
             keep_freed_memory()
         self.domain, self._method, self._architecture, self._peft_config = domain, method, architecture, peft_config
+        self._remember = remember
         model, self.processing_class = given.named_model(model, model_init, model_init_kwargs, processing_class)
         self.model_init = model_init
         if model_init is not None:
@@ -156,6 +163,9 @@ class ContinualTrainer(MeasuringTrainer):
         if self.is_sharded:
             self._check_sharding()
         given.check_methods(self.methods, self.has_adapter, self.is_sharded)
+        self.remembered = remembered_by(self._remember, self.methods, self.inputs, self.args)
+        if self.remembered is not None:
+            self.methods.insert(0, self.remembered)
         for one in self.methods:
             one.attach(self)
 

@@ -1,14 +1,20 @@
 """The anchor: what it adds to the loss, that the domain is seen as without it, and that less is lost."""
 
+import itertools
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig
 from torch import nn
 
 from das_lm import ContinualTrainer, DASConfig
 from das_lm.errors import UserError
 from das_lm.methods import Anchor
+from das_lm.methods.targets import divergence_from_draws, divergence_from_teacher
 from das_lm.methods.writing import Writer
+from das_lm.model.objective import Output
 from tests.helpers import build_tokenizer, random_blocks, tiny_roberta
 from tests.methods.helpers import equal, parameters
 from tests.model.helpers import tiny_gpt2
@@ -16,7 +22,7 @@ from tests.model.helpers import tiny_gpt2
 MODELS = {"masked": tiny_roberta, "causal": tiny_gpt2}
 
 
-def trainer_of(directory, model, method="anchor", **options) -> ContinualTrainer:
+def trainer_of(directory, model, method="anchor", domain="bio", **options) -> ContinualTrainer:
     defaults = {
         "max_steps": 6,
         "per_device_train_batch_size": 4,
@@ -25,20 +31,26 @@ def trainer_of(directory, model, method="anchor", **options) -> ContinualTrainer
         "memory_size": 8,
         "self_replay_sweeps": 2,
         "importance_samples": 8,
+        "anchor_variants": 2,
         "save_strategy": "no",
         "logging_steps": 1,
         "use_cpu": True,
         "disable_tqdm": True,
         "report_to": [],
     }
+    more = {name: options.pop(name) for name in ("remember", "peft_config", "train_dataset") if name in options}
     return ContinualTrainer(
         model,
         DASConfig(output_dir=str(directory), **{**defaults, **options}),
         method,
-        train_dataset=random_blocks(24, seed=1),
+        **{"train_dataset": random_blocks(24, seed=1), **more},
         processing_class=build_tokenizer(),
-        domain="bio",
+        domain=domain,
     )
+
+
+def anchor_of(trainer) -> Anchor:
+    return next(one for one in trainer.methods if isinstance(one, Anchor))
 
 
 def logged(trainer, name: str) -> list[float]:
@@ -47,8 +59,8 @@ def logged(trainer, name: str) -> list[float]:
 
 def divergence(trainer, base: nn.Module) -> float:
     """KL(base ‖ model) per predicted token of text that the base wrote with another seed."""
-    other = trainer_of(trainer.args.output_dir, base, "naive", memory_size=32, seed=7, per_device_train_batch_size=32)
-    ids = torch.stack(Writer(other).blocks())
+    other = trainer_of(trainer.args.output_dir, base, "naive", seed=7, per_device_train_batch_size=32)
+    ids = torch.stack([row["input_ids"] for row in Writer(other).rows(32)])
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     with torch.no_grad():
         ours, theirs = (
@@ -63,7 +75,7 @@ def test_the_loss_is_that_of_the_formula(kind, tmp_path):
     model, base = MODELS[kind](), MODELS[kind](seed=3)
     trainer = trainer_of(tmp_path, model, anchor_share=0.5, anchor_weight=3.0, max_steps=1, learning_rate=0.0)
     trainer.train()
-    (method,) = trainer.methods
+    method = anchor_of(trainer)
     method.teacher.model.load_state_dict(base.state_dict())
     method.teacher.model.eval()
     batch = trainer.data_collator([trainer.train_dataset[index] for index in range(6)])
@@ -73,7 +85,7 @@ def test_the_loss_is_that_of_the_formula(kind, tmp_path):
     assert 0 < count < 6 and all((whole[name][:6] == batch[name]).all() for name in ("input_ids", "labels"))
     added = method.loss(model, batch, trainer.criterion(model, whole))["anchor"]
     expected = []
-    for row in range(6, 6 + count):
+    for row in range(6, 6 + count):  # of one teacher, so in the order in which they were drawn
         one = {name: whole[name][row : row + 1] for name in ("input_ids", "attention_mask", "labels")}
         ours, taught = (trainer.criterion.of(m)(m, one).logits.softmax(-1) for m in (model, base.eval()))
         expected.append((taught * (taught / ours).log()).sum(-1))
@@ -133,17 +145,168 @@ def test_the_teacher_stays_the_base_model(tmp_path):
     first.train()
     first.save_model(str(tmp_path / "bio"))
     model = type(base).from_pretrained(tmp_path / "bio")
-    second = trainer_of(tmp_path / "b", model)
+    second = trainer_of(tmp_path / "b", model, domain="cs")
     second.train()
-    assert equal(parameters(second.methods[0].teacher.model), parameters(base))
-    assert [row["input_ids"].tolist() for row in second.methods[0].memory.rows] == [
-        row["input_ids"].tolist() for row in first.methods[0].memory.rows
-    ]
+    assert equal(parameters(anchor_of(second).teacher.model), parameters(base))
+    ours, theirs = (one.remembered.sources["self"].rows for one in (first, second))
+    assert [row["input_ids"].tolist() for row in ours] == [row["input_ids"].tolist() for row in theirs]
+
+
+# ---- teachers ---------------------------------------------------------------------------------------------------------
+
+
+class Fixed(nn.Module):
+    """Logits that are what they are: [predictions, classes]."""
+
+    def __init__(self, predictions: int, classes: int, seed: int):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.logits = nn.Parameter(torch.randn(predictions, classes, generator=generator, dtype=torch.float64))
+
+    def output(self) -> Output:
+        count = len(self.logits)
+        return Output(self.logits, torch.zeros(count, dtype=torch.int64), torch.arange(count))
+
+
+def test_the_divergence_is_that_of_two_softmaxes():
+    ours, theirs = Fixed(5, 7, seed=0), Fixed(5, 7, seed=1)
+    divergence = divergence_from_teacher(ours.output(), theirs.output())
+    p, q = theirs.logits.softmax(-1), ours.logits.softmax(-1)
+    torch.testing.assert_close(divergence.double(), (p * (p / q).log()).sum(-1), rtol=1e-5, atol=1e-6)
+    divergence.sum().backward()
+    torch.testing.assert_close(ours.logits.grad, (q - p).detach(), rtol=1e-5, atol=1e-6)  # ∂KL/∂z = q − p
+
+
+@pytest.mark.parametrize("draws", [4, 64])
+def test_cached_targets_are_unbiased(draws):
+    """The mean gradient over many sets of draws is the teacher's, up to an error of 1 / √(sets · draws)."""
+    ours, theirs, sets = Fixed(3, 7, seed=0), Fixed(3, 7, seed=1), 2000
+    exact = divergence_from_teacher(ours.output(), theirs.output())
+    (gradient,) = torch.autograd.grad(exact.sum(), ours.logits)
+    torch.manual_seed(0)
+    p = theirs.logits.detach().softmax(-1)
+    tokens = torch.multinomial(p, sets * draws, replacement=True).view(3, sets, draws)
+    values, gradients = [], []
+    for one in range(sets):
+        log_p = p.log().gather(1, tokens[:, one]).mean(1)
+        estimate = divergence_from_draws(ours.output(), tokens[:, one], log_p.float())
+        values.append(estimate.detach())
+        gradients.append(torch.autograd.grad(estimate.sum(), ours.logits)[0])
+    error = (torch.stack(gradients).mean(0) - gradient).abs().max().item()
+    assert error < 4 * 0.5 / (sets * draws) ** 0.5  # a drawn indicator has a deviation of at most 1/2
+    deviation = torch.stack(gradients).std(0)
+    torch.testing.assert_close(deviation, (p * (1 - p) / draws).sqrt(), rtol=0.1, atol=0)
+    spread = torch.stack(values).std(0) / sets**0.5
+    assert ((torch.stack(values).mean(0) - exact).abs() < 5 * spread).all()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_in_chunks_it_is_the_same(bias):
+    torch.manual_seed(0)
+    head, teacher = nn.Linear(6, 11, bias=bias), nn.Linear(6, 11, bias=bias)
+    features, tokens = torch.randn(9, 6, requires_grad=True), torch.randint(11, (9, 5))
+    rows, labels, log_p = torch.arange(9), torch.zeros(9, dtype=torch.int64), torch.randn(9)
+
+    def losses(in_chunks: bool) -> list[torch.Tensor]:
+        outputs = [
+            Output(None, labels, rows, head=one, features=features)
+            if in_chunks
+            else Output(one(features), labels, rows)
+            for one in (head, teacher)
+        ]
+        found = [divergence_from_draws(outputs[0], tokens, log_p), divergence_from_teacher(*outputs)]
+        gradients = [torch.autograd.grad(one.sum(), (features, head.weight), retain_graph=True) for one in found]
+        return [*found, *itertools.chain(*gradients)]
+
+    for whole, parts in zip(losses(False), losses(True), strict=True):
+        torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("teacher", ["copy", "cached"])
+def test_the_base_model_is_at_no_distance_from_itself(kind, teacher, tmp_path):
+    trainer = trainer_of(tmp_path, MODELS[kind](), learning_rate=0.0, anchor_teacher=teacher, anchor_share=1.0)
+    trainer.train()
+    assert max(map(abs, logged(trainer, "loss_anchor"))) < 1e-6
+
+
+def test_the_adapter_off_is_a_copy_of_the_base_model(tmp_path):
+    models = []
+    for teacher in ("copy", "adapter"):
+        trainer = trainer_of(
+            tmp_path,
+            tiny_gpt2(),
+            peft_config=LoraConfig(r=2, target_modules=["c_attn"], init_lora_weights=True),
+            anchor_teacher=teacher,
+            anchor_share=1.0,
+        )
+        trainer.train()
+        models.append(parameters(trainer.model))
+    assert equal(*models) and any("lora_B" in name and value.any() for name, value in models[0].items())
+
+
+# ---- finished domains -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("teacher", ["copy", "cached"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_finished_domain_is_held_by_what_was_known_at_its_end(kind, teacher, tmp_path):
+    """Its targets are those of the model at its end, the base model's stay those of the base."""
+    base, model, method = MODELS[kind](), MODELS[kind](), Anchor()
+    first = trainer_of(tmp_path, model, method, anchor_teacher=teacher, max_steps=10)
+    first.train()
+    at_end = MODELS[kind]()
+    at_end.load_state_dict(model.state_dict())
+    second = trainer_of(tmp_path, model, method, domain="cs", anchor_teacher=teacher, train_dataset=random_blocks(24))
+    second.train()
+    assert second.remembered is first.remembered and list(method.pasts) == ["self", "bio"]
+    ours = {row["input_ids"].tolist().__repr__() for row in method.finished["bio"]}
+    assert ours <= {repr(ids) for ids in random_blocks(24, seed=1)["input_ids"]} and len(ours) == 8
+    for name, knows in {"self": base, "bio": at_end}.items():
+        if name not in method.targets:
+            assert teacher == "copy" and equal(parameters(method.teacher.model), parameters(base))
+            continue
+        masked, targets = method._masked[name], method.targets[name]
+        for number in [(0, 0), (3, targets.variants - 1)]:
+            with torch.no_grad():
+                logits = first.criterion.of(knows.eval())(knows, masked.batch([number])).logits
+            tokens, log_p = targets.at([number], logits.device)
+            torch.testing.assert_close(log_p, logits.log_softmax(-1).gather(1, tokens).mean(1), rtol=1e-4, atol=1e-5)
+
+
+def test_without_keep_text_no_text_of_the_domain_is_kept(tmp_path):
+    trainer = trainer_of(tmp_path / "a", tiny_gpt2(), keep_text=False, anchor_teacher="cached")
+    trainer.train()
+    trainer.save_model(str(tmp_path / "bio"))
+    texts = {tuple(ids) for ids in random_blocks(24, seed=1)["input_ids"]}
+    assert not texts & {tuple(row["input_ids"].tolist()) for row in anchor_of(trainer).finished["bio"]}
+    whole = b"".join(path.read_bytes() for path in (tmp_path / "bio").iterdir())
+    for ids in texts:  # whatever integers they are written as
+        assert all(np.array(ids[1:-1], dtype=kind).tobytes() not in whole for kind in ("<i2", "<i4", "<i8"))
+
+
+# ---- what it is given -------------------------------------------------------------------------------------------------
+
+
+def test_the_rows_of_the_domain_are_the_same_with_and_without(tmp_path):
+    seen = []
+    for method, remember in (("naive", None), ("anchor", "self"), ("anchor", random_blocks(9, seed=5))):
+        trainer = trainer_of(tmp_path, tiny_gpt2(), method, remember=remember)
+        rows, compute = [], trainer.compute_loss
+
+        def noted(model, inputs, *args, rows=rows, compute=compute, **kwargs):
+            rows.append(inputs["input_ids"].tolist())
+            return compute(model, inputs, *args, **kwargs)
+
+        trainer.compute_loss = noted
+        trainer.train()
+        seen.append(rows)
+    assert seen[0] == seen[1] == seen[2]
 
 
 def test_what_it_cannot_do_is_refused(tmp_path):
-    with pytest.raises(UserError, match="chunked_cross_entropy: a method that teaches"):
-        trainer_of(tmp_path, tiny_gpt2(), chunked_cross_entropy=True)
+    with pytest.raises(UserError, match="anchor_teacher: 'adapter' needs a LoRA adapter"):
+        trainer_of(tmp_path, tiny_gpt2(), anchor_teacher="adapter")
 
     class Module(nn.Linear):
         def forward(self, x):

@@ -1,0 +1,77 @@
+"""What users say that stands for the model's past, as methods work with it."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from datasets import DatasetDict
+
+from das_lm.errors import UserError
+from das_lm.methods import Method
+from das_lm.methods.remembered import Remembered, Source
+from das_lm.training.inputs import Rows
+
+if TYPE_CHECKING:
+    from das_lm.training.config import ContinualConfig
+    from das_lm.training.inputs import Text
+
+logger = logging.getLogger(__name__)
+
+
+def remembered_by(
+    remember: Any, methods: Sequence[Method], inputs: Rows | Text, args: ContinualConfig
+) -> Remembered | None:
+    """
+    Args:
+        remember: as for [`ContinualTrainer`].
+        methods: those that may need it, or have it from an earlier trainer.
+        inputs: what makes rows of text.
+
+    Raises:
+        UserError: it is none of what it may be, or a module is to write text.
+    """
+    if remember is None:
+        earlier = [one.trainer.remembered for one in methods if getattr(one, "trainer", None)]
+        if found := [one for one in earlier if one is not None]:
+            return found[0]
+        if isinstance(inputs, Rows) or not any(one.needs_remembered for one in methods):
+            return None  # for a module, the method itself refuses
+        names = ", ".join(one.name for one in methods if one.needs_remembered)
+        logger.info("%s: nothing is given to remember: the model writes it (remember='self')", names)
+        remember = "self"
+    if isinstance(remember, Remembered):
+        return remember
+    if not isinstance(remember, Mapping) or isinstance(remember, DatasetDict):
+        remember = {"self" if isinstance(remember, str | int) else "remembered": remember}
+    sources = {}
+    for name, given in remember.items():
+        data, weight = given if isinstance(given, tuple) and len(given) == 2 else (given, 1.0)
+        if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 <= weight < math.inf:
+            raise UserError(f"remember: '{name}': its weight is {weight!r}; write a number of at least 0")
+        sources[name] = _source(name, data, float(weight), inputs, args)
+    if not sum(source.weight for source in sources.values()):
+        raise UserError("remember: no source has a weight above 0; leave remember out, or name text")
+    return Remembered(sources)
+
+
+def _source(name: str, data: Any, weight: float, inputs: Rows | Text, args: ContinualConfig) -> Source:
+    if data == "self" if isinstance(data, str) else isinstance(data, int):
+        count = args.memory_size if data == "self" else data
+        if isinstance(data, bool) or count < 1:
+            raise UserError(f"remember: '{name}': {data!r} is no number of rows to write; write 512, for example")
+        if isinstance(inputs, Rows):
+            raise UserError(f"remember: '{name}': a module cannot write text; give rows of data")
+        return Source(None, weight, count)
+    if isinstance(data, str | Path):
+        raise UserError(
+            f"remember: '{name}': '{data}' is neither 'self', a number of rows to write, nor data; those of files are "
+            f"Domain('{name}', data='{data}').load().train"
+        )
+    rows = inputs.training(data)
+    if rows is None or not len(rows) or len(rows.domains) != 1:
+        raise UserError(f"remember: '{name}': there is nothing in it; leave it out, or give text")
+    return Source(next(iter(rows.domains.values())), weight)

@@ -27,6 +27,13 @@ RECIPE_OPTIONS = {
         action="extend",
         metavar="NAME[=DATA]",
     ),
+    "remember": option(
+        "Text that stands for what the model knew before: 'self' (the model writes it), self=ROWS, self=FILE (see "
+        "das-lm self-text), or text of yours.",
+        list[str],
+        action="extend",
+        metavar="NAME[=DATA]",
+    ),
     "text_column": option("Column of the text in DATA. The default is 'text'."),
     "schedule": option("sequential, alternating or interleaved."),
     "output_dir": option("Directory for checkpoints and results."),

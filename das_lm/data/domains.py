@@ -66,7 +66,8 @@ class Documents:
     @property
     def fingerprints(self) -> dict[str, str]:
         """`training` (of a stream, see [`TrainingStream`]) and `held-out` -> [`text_fingerprint`]."""
-        parts = {"training": self.train if self.has_length else None, "held-out": self.held_out}
+        held_out = self.held_out if len(self.held_out) else None
+        parts = {"training": self.train if self.has_length else None, "held-out": held_out}
         return {name: text_fingerprint(part) for name, part in parts.items() if part is not None}
 
 
@@ -256,6 +257,16 @@ class Domain:
             warnings.append(self._count(repeated, "of the training text repeated word for word; kept"))
         return Documents(documents.select(kept), held_out, warnings)
 
+    def load_whole(self) -> Documents:
+        """Read all of it, and hold out nothing; of a stream `max_documents`.
+
+        Raises:
+            UserError: As [`load`].
+        """
+        warnings: list[str] = []
+        documents = self._usable(self._read(self.data, self.split, self.max_documents), "", warnings)
+        return Documents(documents, documents.select([]), warnings)
+
     def _load_stream(self, held_out: Dataset | None, measure_only: bool, warnings: list[str]) -> Documents:
         """The documents as a stream. What is held out is read from its beginning: the first `MAX_HELD_OUT` whose hash
         falls below the share, or, to measure only, any."""
@@ -388,6 +399,77 @@ class Domain:
 
     def _count(self, number: int, outcome: str, what: str = "") -> str:
         return f"domain '{self.name}': {number:,} {what}document{'s' * (number != 1)} {outcome}"
+
+
+@in_plain_words
+@dataclass(config=ConfigDict(extra="forbid"))
+class RememberedText(Domain):
+    """
+    Text that stands for what a model knew before its first domain: an entry of `remember` in a recipe, with the keys
+    of a [`Domain`]. What is held out of a domain is not held out of it.
+
+    Args:
+        data: as for a domain; or `"self"`, text that the model writes itself before the first domain, or
+            `"self:PATH"`, such text that `das-lm self-text` has written to a file. In a recipe `- self: 4096` and
+            `- self: PATH` stand for these.
+        weight: How often it is drawn, beside the other entries.
+        rows: How many rows of `max_length` tokens the model writes; `memory_size` if unset.
+
+    Raises:
+        UserError: A wrong key, type or combination.
+    """
+
+    weight: float = Field(default=1.0, ge=0, le=1e6)
+    rows: int | None = Field(default=None, ge=1)
+
+    @field_validator("data")
+    @classmethod
+    def _check_data(cls, data: str | list[str], info: ValidationInfo) -> str | list[str]:
+        return data if is_self(data) else super()._check_data(data, info)
+
+    @field_validator("streaming")
+    @classmethod
+    def _check_streaming(cls, streaming: bool, info: ValidationInfo) -> bool:
+        if streaming and is_self(info.data.get("data", "")):
+            raise ValueError("is for text that is read; the model writes this, leave it out")
+        return super()._check_streaming(streaming, info)
+
+    @field_validator("max_documents")
+    @classmethod
+    def _check_end(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is None and info.data.get("streaming"):
+            raise ValueError("how much of a stream is remembered? Write max_documents, such as 1000")
+        return value
+
+    @field_validator("training")
+    @classmethod
+    def _check_no_training(cls, training: dict[str, Any]) -> dict[str, Any]:
+        if training:
+            raise ValueError("is for domains that are learned; leave it out")
+        return training
+
+    @field_validator("rows")
+    @classmethod
+    def _check_rows(cls, rows: int | None, info: ValidationInfo) -> int | None:
+        if rows is not None and info.data.get("data") != "self":
+            raise ValueError("is for text that the model writes; leave it out, or write max_documents")
+        return rows
+
+    @classmethod
+    def expanded(cls, entry: Any) -> Any:
+        """What `self`, `{self: 4096}` and `{self: PATH}` stand for; another entry as it is."""
+        if entry == "self":
+            entry = {"self": None}
+        if not isinstance(entry, dict) or "self" not in entry:
+            return entry
+        what = entry["self"]
+        given = {"data": f"self:{what}"} if isinstance(what, str) else {"data": "self", "rows": what}
+        return {"name": "self", **given, **{key: value for key, value in entry.items() if key != "self"}}
+
+
+def is_self(data: str | list[str]) -> bool:
+    """Whether `data` stands for text that a model writes, or wrote."""
+    return isinstance(data, str) and (data == "self" or data.startswith("self:"))
 
 
 def text_fingerprint(documents: Dataset) -> str:

@@ -199,7 +199,8 @@ def find_leakage(text: Mapping[str, Documents], n: int = N, repeated: bool = Fal
     """
     vocabulary: dict[str, int] = defaultdict(lambda: len(vocabulary), {"": 0})
     learned = {name: documents.train for name, documents in text.items() if documents.has_length}
-    held_out = {name: _Words.of(documents.held_out, vocabulary, n) for name, documents in text.items()}
+    texts = {name: documents.held_out for name, documents in text.items() if len(documents.held_out)}
+    held_out = {name: _Words.of(documents, vocabulary, n) for name, documents in texts.items()}
     leakage = Leakage(n, [], [])
     for name in track(learned, "Comparing", transient=True, disable=not progress):
         train = _Words.of(learned[name], vocabulary, n)

@@ -16,6 +16,8 @@ def override(data: dict[str, Any], places: dict[KeyPath, str], overrides: dict[s
     column = overrides.pop("text_column", None)
     domains = _parse("--domain", overrides.pop("domain", []), column)
     measure = _parse("--measure", overrides.pop("measure", []), column)
+    if "remember" in overrides:
+        overrides["remember"] = [_by_self(entry) for entry in _parse("--remember", overrides["remember"], column)]
     if column and not any("data" in entry for entry in domains + measure):
         raise UserError("--text_column: it is the column of text given as --domain NAME=DATA or --measure NAME=DATA")
 
@@ -75,6 +77,14 @@ def _parse(option: str, specs: list[str], column: str | None) -> list[dict[str, 
             raise UserError(f"{option} {spec}: '{name}' is given twice; several paths go as {name}=PATH,PATH")
         entries.append(entry)
     return entries
+
+
+def _by_self(entry: dict[str, Any]) -> dict[str, Any]:
+    """`self`, `self=ROWS` and `self=FILE` as `remember` has them."""
+    if entry["name"] != "self":
+        return entry
+    data = entry.get("data")
+    return {"self": int(data) if isinstance(data, str) and data.isdigit() else data}
 
 
 def _entries(

@@ -53,7 +53,7 @@ class Reader:
         self._use(tokenizer)
         if self._held_out is None:
             with self.state.main_process_first():
-                documents = {name: one.held_out for name, one in self.text.items()}
+                documents = {name: one.held_out for name, one in self.text.items() if len(one.held_out)}
                 self._held_out = held_out_windows(self.recipe, documents, tokenizer, self.args, self.halves)
         return self._held_out
 

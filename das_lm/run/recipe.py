@@ -10,7 +10,7 @@ import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationInfo, field_validator
 from pydantic.dataclasses import dataclass
 
-from das_lm.data.domains import Domain
+from das_lm.data.domains import Domain, RememberedText, is_self
 from das_lm.errors import UserError, did_you_mean
 from das_lm.plain_words import in_plain_words, key_path
 from das_lm.run.arguments import check_peft, check_training
@@ -32,6 +32,8 @@ class Recipe:
         domains: What to learn, in this order.
         output_dir: Where checkpoints and results go.
         measure: Domains that are measured after every stage and never trained on.
+        remember: Text that stands for what the model knew before the first domain, for the methods that hold on to it:
+            text of yours, `self` (the model writes it), or both, by weight.
         method: Name of a continual-learning method of `das_lm.methods.METHODS`, or several; stored as a list.
         schedule: Domain after domain (`"sequential"`), their epochs in turns (`"alternating"`), or mixed in every
             batch (`"interleaved"`). Methods that consolidate when a domain ends need the first.
@@ -56,6 +58,7 @@ class Recipe:
     domains: list[Domain]
     output_dir: str
     measure: list[Domain] = Field(default_factory=list)
+    remember: list[RememberedText] = Field(default_factory=list)
     method: str | list[str] = Field(default="das", validate_default=True)
     schedule: Literal["sequential", "alternating", "interleaved"] = "sequential"
     training: dict[str, Any] = Field(default_factory=dict, validate_default=True)
@@ -89,6 +92,20 @@ class Recipe:
             if domain.training:
                 raise ValueError(f"'{domain.name}' is never trained on; leave out its training arguments")
         return measure
+
+    @field_validator("remember", mode="before")
+    @classmethod
+    def _expand_remember(cls, remember: Any) -> Any:
+        entries = remember if isinstance(remember, list) else [remember]
+        return [RememberedText.expanded(entry) for entry in entries]
+
+    @field_validator("remember")
+    @classmethod
+    def _check_remember(cls, remember: list[RememberedText], info: ValidationInfo) -> list[RememberedText]:
+        _check_names(remember, [*info.data.get("domains", []), *info.data.get("measure", [])])
+        if remember and not any(entry.weight for entry in remember):
+            raise ValueError("no entry has a weight above 0; leave remember out, or give one a weight")
+        return remember
 
     @field_validator("method")
     @classmethod
@@ -196,8 +213,9 @@ class Recipe:
         return steps
 
     def load_text(self) -> dict[str, Documents]:
-        """The text of all domains by name, those that are learned first."""
+        """The text of all domains by name, those that are learned first; then what is remembered."""
         text = {domain.name: domain.load() for domain in self.domains}
+        text |= {one.name: one.load_whole() for one in self.remember if not is_self(one.data)}
         return text | {one.name: one.load(measure_only=self.new_lm_head is None) for one in self.measure}
 
     def architecture(self) -> Architecture | None:
@@ -248,7 +266,7 @@ class Recipe:
         adapter = TypeAdapter(Recipe)
         recipe = adapter.dump_python(self, mode="json")
         explicit = adapter.dump_python(self, mode="json", exclude_defaults=True)
-        for key in ("domains", "measure"):  # of a domain, only what is not the default
+        for key in ("domains", "measure", "remember"):  # of a domain, only what is not the default
             recipe[key] = [{"name": entry.pop("name"), "data": "built-in", **entry} for entry in explicit.get(key, [])]
         for entry in (recipe, *recipe["domains"]):
             if "training" in entry:

@@ -18,6 +18,7 @@ from rich.markup import escape
 from safetensors import SafetensorError
 
 from das_lm.data.blocks import TrainingBlocks
+from das_lm.data.domains import is_self
 from das_lm.data.masking import labeling
 from das_lm.data.streaming import TrainingStream
 from das_lm.errors import UserError, one_line
@@ -56,7 +57,7 @@ from das_lm.training.resuming import check_length, check_order
 from das_lm.training.trainer import ContinualTrainer
 
 if TYPE_CHECKING:
-    from das_lm.data.domains import Domain
+    from das_lm.data.domains import Domain, RememberedText
     from das_lm.measure.held_out import HeldOut
     from das_lm.run.recipe import Recipe
     from das_lm.training.config import ContinualConfig
@@ -151,7 +152,8 @@ class Walk:
         domains = {domain.name: learned.get(domain.name) for domain in [*recipe.measure, *recipe.domains]}
         args = recipe.training_arguments(None, str(self.output))
         self.causal = is_causal(recipe)
-        self.reader = Reader(recipe, {name: self.text[name] for name in domains}, args, self.halves, self.state)
+        read = [*domains, *(one.name for one in recipe.remember if one.name in self.text)]
+        self.reader = Reader(recipe, {name: self.text[name] for name in read}, args, self.halves, self.state)
         if args.push_to_hub and self.state.is_main_process:
             self.hub = HubRepository(args, self.output.absolute().name)
         unit = f"nats per {'' if self.causal else 'masked '}token"
@@ -275,6 +277,7 @@ class Walk:
             development_dataset=development and {n: one for n, one in development.items() if n in to_choose_by},
             architecture=recipe.architecture(),
             peft_config=adapters.lora_config(recipe.peft) if recipe.peft else None,
+            remember={one.name: (self._remembered(one, tokenizer), one.weight) for one in recipe.remember} or None,
         )
         trainer.tells_of_methods_without_effect = False  # the walk does
         return trainer
@@ -297,6 +300,13 @@ class Walk:
         learned = self._domains_until(stage) if needs_earlier else stage.domains
         blocks = self.reader.packed(tokenizer, [domain.name for domain in learned])
         return TrainingBlocks(blocks, masking, seed, "interleaved" if needs_earlier else self.recipe.schedule)
+
+    def _remembered(self, entry: RememberedText, tokenizer: Any) -> Any:
+        """What a trainer is given for an entry of `remember`."""
+        if is_self(entry.data):
+            path = entry.data.partition(":")[2]
+            return Path(path).expanduser() if path else entry.rows or "self"
+        return self.reader.packed(tokenizer, [entry.name])[entry.name]
 
     def _domains_until(self, stage: Stage) -> list[Domain]:
         return [domain for one in self.stages[: self.stages.index(stage) + 1] for domain in one.domains]

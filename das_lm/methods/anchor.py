@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -19,8 +20,9 @@ from das_lm.data.masking import labeling
 from das_lm.errors import UserError
 from das_lm.methods.arguments import Count, MemoryArguments, NotNegative, knob
 from das_lm.methods.base import Engine, Method, Tensors
+from das_lm.methods.budget import Budget
 from das_lm.methods.memory import Reservoir, check_tokens
-from das_lm.methods.remembered import Drawing
+from das_lm.methods.remembered import Drawing, apart
 from das_lm.methods.targets import (
     CachedTargets,
     RowsAsMasked,
@@ -43,22 +45,35 @@ class AnchorArguments(WritingArguments, MemoryArguments):
     )
     anchor_teacher: Literal["auto", "copy", "adapter", "cached"] = knob(
         "auto",
-        "Who knows the base model's distributions: a frozen 'copy', the model with its LoRA 'adapter' off, or 'cached' "
-        "tokens that were drawn from them once; 'auto' is 'adapter' with an adapter, 'cached' under FSDP2, else 'copy'.",
+        "Who knows the base model's distributions: a frozen 'copy', the model with its LoRA 'adapter' off, or tokens "
+        "that were drawn from them once, 'cached'; 'auto': 'adapter' with one, 'cached' under FSDP2, else 'copy'.",
+    )
+    drift_budget: float | dict[str, float] | None = knob(
+        None,
+        "How much may be lost, in nats per predicted token: of everything that is remembered, or a mapping by name. "
+        "anchor_weight is then where λ begins. In a walk, each domain may take an equal part of it.",
     )
     anchor_draws: Count = knob(64, "Tokens that are drawn from a distribution where it is cached.")
     anchor_variants: Count = knob(4, "Masks of each remembered row, of a masked model, where targets are cached.")
     keep_text: bool = knob(
         True,
-        "Whether rows of a finished domain's text are kept to hold on to it; without, rows that the model writes then.",
+        "Whether rows of a finished domain's text are kept to hold on to it; if not, rows that the model writes then.",
     )
+
+    def check(self) -> None:
+        """Raise `ValueError` for a bound that is none."""
+        budget = self.drift_budget
+        for bound in budget.values() if isinstance(budget, dict) else () if budget is None else (budget,):
+            if isinstance(bound, bool) or not isinstance(bound, int | float) or not 1e-6 <= bound < math.inf:
+                raise ValueError(f"drift_budget: {bound!r} is no bound; write nats per token, such as 0.02")
 
 
 class Anchor(Method):
     """
-    loss + λ E KL(p_T(·|x) ‖ p_θ(·|x)) over the predicted tokens x of remembered rows, forward KL at temperature 1. T is
-    the model that knew them: of `remember` the base model, of a finished domain's rows the model at its end, so that
-    what is lost does not add up. On text that the base model wrote, this is how much its loss rises, in nats per token.
+    loss + λ E KL(p_T(·|x) ‖ p_θ(·|x)) over the predicted tokens x of remembered rows, forward KL at temperature 1. T
+    is the model that knew them: of `remember` the base model, of a finished domain's rows the model at its end, so
+    that what is lost does not add up. On text that the base model wrote, the KL is how much its loss rises, in nats
+    per token; `drift_budget` bounds it.
 
     Remembered rows come beside the domain's, in the same forward pass: each row of the domain brings one along with a
     chance of `anchor_share`, a pure function of (seed, domain, epoch, row), so that a step is the same on any number
@@ -81,6 +96,7 @@ class Anchor(Method):
         self.finished: dict[str, Any] = {}  # domain -> its rows
         self.targets: dict[str, CachedTargets] = {}  # of a past
         self.teacher: Teacher | AdapterOff | None = None  # of the base model
+        self._budget = Budget(self)
 
     def attach(self, trainer: Engine) -> None:
         """Raises `UserError` for a module, and for a teacher that the model cannot have."""
@@ -94,6 +110,9 @@ class Anchor(Method):
         if teacher == "copy" and trainer.is_sharded:
             raise UserError("anchor_teacher: a sharded model cannot be copied; write cached")
         super().attach(trainer)
+
+    def parts(self, args: Any) -> Sequence[Method]:
+        return () if args.drift_budget is None else (self._budget,)
 
     # ---- what is remembered ----------------------------------------------------------------------------------------
 
@@ -117,6 +136,7 @@ class Anchor(Method):
         total = sum(source.weight for source in self.base.values())
         base = {name: (source.rows, source.weight / total) for name, source in self.base.items()}
         self.pasts = base | {name: (rows, 1.0) for name, rows in self.finished.items()}
+        self._noted: dict[str, list[float]] = {}
         self._draw = Drawing(self.pasts, args.seed)
         self._masked = {name: self._as_masked(name, rows) for name, (rows, _) in self.pasts.items()}
 
@@ -155,7 +175,7 @@ class Anchor(Method):
         """Append the remembered rows that this batch's rows bring along: first those whose targets are cached."""
         self._first, drawn = len(batch["input_ids"]), self._drawn(batch["example_id"].tolist())
         self._cached = [one for one in drawn if self._is_cached(one[0])]
-        live = [one for one in drawn if not self._is_cached(one[0])]
+        self._drawn_live = live = [one for one in drawn if not self._is_cached(one[0])]
         self._live = None
         parts = [self._masked[name].batch([(row, variant)]) for name, row, variant in [*self._cached, *live]]
         if not parts:
@@ -191,6 +211,17 @@ class Anchor(Method):
 
     def loss(self, model: nn.Module, batch: dict[str, torch.Tensor], outputs: Output) -> dict[str, torch.Tensor]:
         """λ times the divergence of each prediction in the remembered rows, [predictions], over their share."""
+        divergence, owner = self._divergence(outputs)
+        if self._budget.controllers:
+            names = [name for name, *_ in (*self._cached, *self._drawn_live)]
+            weights = divergence.new_tensor([self._budget.controllers[name].weight for name in names])[owner]
+            self._note(divergence.detach(), names, owner)
+        else:
+            weights = self.args.anchor_weight
+        return {"anchor": weights / self.args.anchor_share * divergence}
+
+    def _divergence(self, outputs: Output) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of each prediction in the remembered rows, and their row among these; both [predictions]."""
         ours = outputs.rows - self._first
         parts = [outputs.hidden.new_zeros(0, dtype=torch.float32)]
         cached, live = len(self._cached), 0 if self._live is None else len(self._live["input_ids"])
@@ -201,7 +232,49 @@ class Anchor(Method):
         if live:
             chosen = (ours >= cached) & (ours < cached + live)
             parts.append(divergence_from_teacher(selected(outputs, chosen), self.teacher(self._live)))
-        return {"anchor": self.args.anchor_weight / self.args.anchor_share * torch.cat(parts)}
+        return torch.cat(parts), ours[(ours >= 0) & (ours < cached + live)]
+
+    # ---- for the budget --------------------------------------------------------------------------------------------
+
+    def _note(self, divergence: torch.Tensor, names: Sequence[str], owner: torch.Tensor) -> None:
+        """Add a batch's divergence to that of the step: past -> (sum, predictions, rows)."""
+        totals = divergence.new_zeros(len(names)).index_add(0, owner, divergence).tolist()
+        counts = torch.bincount(owner, minlength=len(names)).tolist()
+        for name, *added in zip(names, totals, counts, [1] * len(names), strict=True):
+            self._noted[name] = [a + b for a, b in zip(self._noted.get(name, [0, 0, 0]), added, strict=True)]
+
+    def take_divergence(self, names: Sequence[str]) -> torch.Tensor:
+        """Of this process's part of the step: its sum, predictions and rows, for every past, [pasts, 3]."""
+        noted, self._noted = self._noted, {}
+        rows = [noted.get(name, [0, 0, 0]) for name in names]
+        return torch.tensor(rows, dtype=torch.float64 if self.args.device.type != "mps" else None).to(self.args.device)
+
+    def rows_apart(self, name: str) -> range:
+        """Numbers of the rows of a past that are never trained on."""
+        return apart(len(self.pasts[name][0]))
+
+    @torch.no_grad()
+    def divergence_apart(self, name: str) -> torch.Tensor:
+        """The divergence of each of these rows, mean over its predictions, [rows], dropout off."""
+        trainer, model = self.trainer, self.trainer.model
+        was_training = model.training
+        model.eval()
+        found = []
+        numbers = [(row, 0) for row in self.rows_apart(name)]
+        for start in range(0, len(numbers), self.args.importance_batch_size):
+            some = numbers[start : start + self.args.importance_batch_size]
+            batch = self._masked[name].batch(some)
+            with trainer.accelerator.autocast():
+                outputs = trainer.criterion(model, batch, self.args.chunked_cross_entropy)
+            if self._is_cached(name):
+                tokens, log_p = self.targets[name].at(some, self.args.device)
+                divergence = divergence_from_draws(outputs, tokens, log_p)
+            else:
+                divergence = divergence_from_teacher(outputs, self.teacher(batch))
+            totals = divergence.new_zeros(len(some)).index_add(0, outputs.rows, divergence)
+            found.append(totals / torch.bincount(outputs.rows, minlength=len(some)).clamp(min=1))
+        model.train(was_training)
+        return torch.cat(found)
 
     # ---- state -----------------------------------------------------------------------------------------------------
 

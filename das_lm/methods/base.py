@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import fields
 from pathlib import Path
@@ -126,6 +126,10 @@ class Method:
 
     def __init_subclass__(cls) -> None:
         cls.name = vars(cls).get("name", cls.__name__.lower())
+
+    def parts(self, args: Any) -> Sequence[Method]:
+        """Methods that come with it under these arguments, and take turns by their own `order`."""
+        return ()
 
     @classmethod
     def options(cls) -> tuple[str, ...]:

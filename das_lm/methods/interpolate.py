@@ -106,12 +106,16 @@ class Interpolate(Method):
         self.old = {}
 
     def _set(self, new: Tensors, alpha: float) -> None:
-        for name, value in self.values().items():
-            share = 1.0 if ".lora_A." in name else alpha
-            value.copy_(torch.lerp(self.old[name], new[name], share))
+        between(self, self.old, new, alpha)
 
     def state(self) -> dict[str, Any]:
         if self.alpha is None:
             return {}
         chosen_on = {"interpolation_chosen_on": self.chosen_on} if self.chosen_on else {}
         return {"interpolation_alpha": self.alpha, **chosen_on}
+
+
+def between(method: Method, old: Tensors, new: Tensors, alpha: float) -> None:
+    """Set the weights to α new + (1 − α) old; of an adapter that began at B = 0, to A as it is and α B."""
+    for name, value in method.values().items():
+        value.copy_(torch.lerp(old[name], new[name], 1.0 if ".lora_A." in name else alpha))

@@ -95,8 +95,12 @@ class Reservoir(Dataset):
 
 def check_tokens(rows: Sequence[dict[str, torch.Tensor]], trainer: Engine) -> None:
     """Raises `ValueError` for a row that is no block of token ids, or too much for the model."""
-    vocabulary = len(trainer.units.model.get_input_embeddings().weight)
-    longest = longest_input(trainer.units.model, trainer.processing_class)
+    model = trainer.units.model
+    check_blocks(rows, len(model.get_input_embeddings().weight), longest_input(model, trainer.processing_class))
+
+
+def check_blocks(rows: Sequence[dict[str, torch.Tensor]], vocabulary: int, longest: float) -> None:
+    """The same of a vocabulary and a longest input."""
     for row in rows:
         ids = row.get("input_ids")
         if row.keys() != {"input_ids"} or ids.ndim != 1 or ids.dtype not in (torch.int32, torch.int64):

@@ -38,8 +38,8 @@ class Source:
 class Remembered(Method):
     """
     What stands for the model's past: text that was given, text that the model writes itself before the first domain,
-    or both. It trains nothing by itself. Methods take from it what they need: [`Anchor`] and [`Replay`] its rows; those
-    that consolidate a domain when it ends consolidate the base model on it, as if it were the domain before the first.
+    or both. It trains nothing by itself. Methods take from it what they need: [`Anchor`] and [`Replay`] its rows;
+    those that consolidate a domain when it ends consolidate the base model on it, as on a domain before the first.
 
     Of a state only what the model wrote is kept: given text is given again.
 

@@ -22,7 +22,8 @@ class ReplayArguments(MemoryArguments):
 class Replay(Method):
     """
     `replay_ratio` of the training rows come from a memory of `memory_size` rows, a uniform sample of all domains so
-    far, and from what is remembered of the base model, by the weights of its sources. The number of steps stays, so that the domain itself is seen that much less: what a mix at a fixed budget is.
+    far, and from what is remembered of the base model, by the weights of its sources. The number of steps stays, so
+    that the domain itself is seen that much less: what a mix at a fixed budget is.
     Beside [`SelfReplay`], each takes that share.
 
     Memory: `memory_size` rows; no forward pass more.

@@ -2,71 +2,89 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from tqdm.auto import tqdm
 
 from das_lm.data.masking import IGNORED
 from das_lm.data.packing import special_tokens, start_token
-from das_lm.methods.arguments import Batches, Count, MemoryArguments, knob
+from das_lm.errors import UserError, as_user_error
+from das_lm.files import write_tensors
+from das_lm.methods.arguments import Count, MemoryArguments, knob
 from das_lm.methods.base import Engine
 from das_lm.signals import check_signals
 
+Row = dict[str, torch.Tensor]
+FORMAT = "das_lm.self_text"
 GROUPS = 7  # of a block's tokens, drawn anew one after the other: about as much is masked at a time as in training
 
 
 @dataclass
-class WritingArguments(MemoryArguments, Batches):
+class WritingArguments(MemoryArguments):
     self_replay_sweeps: Count = knob(8, "Gibbs sweeps over each block that a masked model writes.")
 
 
 class Writer:
     """
-    Writes blocks at temperature 1: a causal model token by token from its start token, a masked one by Gibbs sampling
-    from its own masked-token distributions. Of one seed and domain the text is always the same.
+    Writes rows at temperature 1: a causal model token by token, from its start token, or from where a user begins to
+    speak if its tokenizer has a chat template (Magpie, arXiv 2406.08464); a masked one by Gibbs sampling from its own
+    masked-token distributions. What is written is a function of the model, (seed, domain, address) and `batch_size`.
 
     Args:
         trainer: whose model writes, as it is now.
     """
 
+    #: Rows that are written at once.
+    batch_size = 64
+
     def __init__(self, trainer: Engine):
         self.trainer = trainer
 
-    @torch.no_grad()
-    def rows(self, count: int, *address: Any) -> list[dict[str, torch.Tensor]]:
+    def rows(self, count: int, *address: Any, written: Sequence[Row] = ()) -> list[Row]:
         """
         Return `count` rows, each with `input_ids`, [max_length], on the CPU.
 
         Args:
             count: how many.
             address: of the draws; what is written elsewhere is other text.
+            written: whole batches of them that there are already.
         """
+        return list(itertools.chain(written, *self.batches(count, *address, begin=len(written))))
+
+    @torch.no_grad()
+    def batches(self, count: int, *address: Any, begin: int = 0) -> Iterator[list[Row]]:
+        """Yield the rows from number `begin` on, in batches of `batch_size`, behind a progress bar."""
         trainer, args = self.trainer, self.trainer.args
         model, was_training = trainer.model, trainer.model.training
         model.eval()
-        starts = range(0, count, args.importance_batch_size)
         hidden = args.disable_tqdm or not trainer.is_world_process_zero()
-        rows: list[dict[str, torch.Tensor]] = []
-        with trainer.private_randomness("self_replay", *address):
-            for start in tqdm(starts, desc="writing text to remember", unit="batch", disable=hidden):
+        with tqdm(total=count, initial=begin, desc="writing text to remember", unit="row", disable=hidden) as bar:
+            for start in range(begin, count, self.batch_size):
                 check_signals()
-                size = min(args.importance_batch_size, count - start)
-                written = (self._sampled if trainer.criterion.causal else self._gibbs)(size).cpu()
-                rows.extend({"input_ids": block} for block in written)
+                size = min(self.batch_size, count - start)
+                with trainer.private_randomness("written", *address, start):
+                    blocks = (self._sampled if trainer.criterion.causal else self._gibbs)(size)
+                yield [{"input_ids": block} for block in blocks.cpu()]
+                bar.update(size)
         model.train(was_training)
-        return rows
 
     def _sampled(self, rows: int) -> torch.Tensor:
         """Token ids, shape [rows, max_length], each drawn from what stands before it; a text may end, and another
         begin, as in the packed blocks of training."""
         args, tokenizer = self.trainer.args, self.trainer.processing_class
         prefix, _ = special_tokens(tokenizer)
+        before, of_chats = chat_opening(tokenizer)
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        ids = torch.tensor([prefix or [start_token(tokenizer)]], device=args.device).repeat(rows, 1)
-        first = 0 if prefix else 1  # what a block does not begin with
-        forbidden = sorted(set(tokenizer.all_special_ids) - {tokenizer.eos_token_id})
+        ids = torch.tensor([before or prefix or [start_token(tokenizer)]], device=args.device).repeat(rows, 1)
+        first = 0 if before or prefix else 1  # what a block does not begin with
+        forbidden = sorted(set(tokenizer.all_special_ids) - {tokenizer.eos_token_id, *of_chats})
         newest, past = ids, None
         while ids.shape[1] < args.max_length + first:
             with self.trainer.accelerator.autocast():
@@ -76,7 +94,7 @@ class Writer:
             logits[:, len(tokenizer) :] = -torch.inf
             newest = torch.multinomial(logits.softmax(-1), 1)
             ids = torch.cat([ids, newest], dim=1)
-        return ids[:, first:]
+        return ids[:, first : first + args.max_length]
 
     def _gibbs(self, rows: int) -> torch.Tensor:
         """Token ids, shape [rows, max_length]: all masked, then drawn group by group from what stands around."""
@@ -99,3 +117,49 @@ class Writer:
                 logits[:, len(tokenizer) :] = -torch.inf
                 ids[drawn] = torch.multinomial(logits.softmax(-1), 1).squeeze(-1)
         return ids
+
+
+def chat_opening(tokenizer: Any) -> tuple[list[int], set[int]]:
+    """Of a chat template, what stands before a user's first word, and its special tokens; empty without one."""
+    if not getattr(tokenizer, "chat_template", None):
+        return [], set()
+    word = "MAGPIE"
+    with as_user_error("the chat template of the tokenizer fails on a single message of a user"):
+        chat = [{"role": "user", "content": word}]
+        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    opening = tokenizer(text.partition(word)[0], add_special_tokens=False)["input_ids"]
+    return opening, set(ids) & set(tokenizer.all_special_ids)
+
+
+# ---- files -----------------------------------------------------------------------------------------------------
+
+
+def vocabulary_of(tokenizer: Any) -> str:
+    """A hash of the tokens and their numbers."""
+    return hashlib.blake2b(repr(sorted(tokenizer.get_vocab().items())).encode(), digest_size=8).hexdigest()
+
+
+def save_written(path: Path, rows: Sequence[Row], tokenizer: Any, facts: dict[str, str]) -> None:
+    """Write rows to a safetensors file, with facts of who wrote them and how."""
+    about = {"format": FORMAT, "version": "1", "vocabulary": vocabulary_of(tokenizer), **facts}
+    write_tensors(path, {"input_ids": torch.stack([row["input_ids"] for row in rows]).int()}, about)
+
+
+def load_written(path: Path, tokenizer: Any) -> tuple[list[Row], dict[str, str]]:
+    """
+    Return the rows of a file and its facts.
+
+    Raises:
+        UserError: it is no such file, or of another tokenizer.
+    """
+    with as_user_error(f"{path} cannot be read"), safe_open(path, "pt") as file:
+        facts, names = file.metadata() or {}, list(file.keys())
+        if facts.get("format") != FORMAT or names != ["input_ids"]:
+            raise UserError(f"{path}: no text that `das-lm self-text` wrote")
+        ids = file.get_tensor("input_ids")
+    if facts.get("vocabulary") != vocabulary_of(tokenizer):
+        raise UserError(
+            f"{path}: written with another tokenizer than the model's; write it anew with das-lm self-text"
+        )
+    return [{"input_ids": row} for row in ids.long()], facts

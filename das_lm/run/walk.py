@@ -286,6 +286,11 @@ class Walk:
         args = self.recipe.training_arguments(stage.domain, str(directory))
         if stage is not self.stages[0] and not (stage.domain and "importance" in stage.domain.training):
             args.importance = "auto"  # where the importance of the base model comes from has been settled
+        part = (self.stages.index(stage) + 1) / len(self.stages)  # of what may be lost in all
+        budget = args.drift_budget
+        if budget is not None:
+            of_all = isinstance(budget, float)
+            args.drift_budget = part * budget if of_all else {name: part * one for name, one in budget.items()}
         args.push_to_hub = False  # the walk pushes, when a stage is finished and measured
         return args
 

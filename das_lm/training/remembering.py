@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from datasets import DatasetDict
 
-from das_lm.errors import UserError
+from das_lm.errors import UserError, as_user_error
 from das_lm.methods import Method
+from das_lm.methods.memory import check_blocks
 from das_lm.methods.remembered import Remembered, Source
-from das_lm.training.inputs import Rows
+from das_lm.methods.writing import load_written
+from das_lm.training.inputs import Rows, Text
 
 if TYPE_CHECKING:
     from das_lm.training.config import ContinualConfig
-    from das_lm.training.inputs import Text
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,11 @@ def _source(name: str, data: Any, weight: float, inputs: Rows | Text, args: Cont
         if isinstance(inputs, Rows):
             raise UserError(f"remember: '{name}': a module cannot write text; give rows of data")
         return Source(None, weight, count)
+    if isinstance(data, Path) and isinstance(inputs, Text):
+        rows, _ = load_written(data, inputs.tokenizer)
+        with as_user_error(f"remember: '{name}': {data}"):
+            check_blocks(rows, inputs.known, inputs.limit)
+        return Source(rows, weight)
     if isinstance(data, str | Path):
         raise UserError(
             f"remember: '{name}': '{data}' is neither 'self', a number of rows to write, nor data; those of files are "

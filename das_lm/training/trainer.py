@@ -164,8 +164,9 @@ class ContinualTrainer(MeasuringTrainer):
             self._check_sharding()
         given.check_methods(self.methods, self.has_adapter, self.is_sharded)
         self.remembered = remembered_by(self._remember, self.methods, self.inputs, self.args)
-        if self.remembered is not None:
-            self.methods.insert(0, self.remembered)
+        parts = [part for one in self.methods for part in one.parts(self.args)]
+        remembered = [] if self.remembered is None else [self.remembered]
+        self.methods = sorted([*remembered, *self.methods, *parts], key=lambda one: one.order)
         for one in self.methods:
             one.attach(self)
 

@@ -11,8 +11,10 @@ from contextlib import contextmanager
 class UserError(Exception):
     """Bad input: the message says what is wrong, where, and what to write instead.
 
-    The command line prints the message alone and exits with status 2; from Python it is an ordinary exception.
+    The command line prints the message alone and exits with its status; from Python it is an ordinary exception.
     """
+
+    status = 2
 
 
 class NotFinite(UserError):

@@ -46,6 +46,13 @@ OPTIONS = {
     "pseudo_perplexity": option(
         "Measure this many documents of every domain with one mask at a time, too (slow).", int
     ),
+    "max_drift": option(
+        "How much the loss on held-out text may rise from the base model, nats per token; where it has risen more, "
+        "beyond its 95 % interval, the status is 3.",
+        list[str],
+        action="extend",
+        metavar="NAME=NATS",
+    ),
     "output_dir": option("Directory of the results (default: that of --run)."),
     "trust_remote_code": option("Run the code that comes with a model of the hub.", bool),
 }
@@ -88,6 +95,7 @@ def evaluate(arguments: list[str]) -> None:
         pairs("end_task", options.get("end_task", [])),
         EndTaskConfig(**tuning),
         options.get("pseudo_perplexity", 0),
+        {name: _nats(name, text) for name, text in pairs("max_drift", options.get("max_drift", [])).items()},
     )
     domains, output = options.get("domain", []), options.get("output_dir")
     trusts = options.get("trust_remote_code", False)
@@ -95,3 +103,13 @@ def evaluate(arguments: list[str]) -> None:
         evaluate_run(run, domains, probes, output, training, trusts)
     else:
         evaluate_checkpoints(checkpoints, domains, output, probes, training, trusts)
+
+
+def _nats(name: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not -float("inf") < value < float("inf"):
+        raise UserError(f"--max_drift {name}={text}: '{text}' is no number; write nats per token, such as {name}=0.05")
+    return value

@@ -55,8 +55,8 @@ def main(argv: list[str] | None = None) -> int:
         argv: The command and its arguments; those of the process by default.
 
     Returns:
-        The exit status: 0, 1 for what a check was to refuse, 2 for bad input (one message on stderr), 130 for
-        Ctrl-C, 143 for SIGTERM.
+        The exit status: 0, 1 for what a check was to refuse, 2 for bad input (one message on stderr), 3 for a
+        checkpoint that has lost more than it may, 130 for Ctrl-C, 143 for SIGTERM.
     """
     argv = sys.argv[1:] if argv is None else argv
     if codecs.lookup(getattr(sys.stdout, "encoding", None) or "utf-8").name != "utf-8":
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
             return COMMANDS[argv[0]](argv[1:]) or 0
         return 0
     except UserError as error:
-        message, status = f"error: {error}", 2
+        message, status = f"error: {error}", error.status
         everywhere = getattr(error, "everywhere", False)
     except Exception as error:  # that of safetensors is no OSError
         if is_about_workers(error):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from das_lm.files import broken_file
 from das_lm.measure.cache import DIRECTORY as CACHE_NAME
 from das_lm.measure.cache import Cache, fingerprint, model_fingerprint
 from das_lm.measure.cloze import Questions, cloze_accuracy, load_questions
+from das_lm.measure.drift import check_drifts, drift_table, drifts
 from das_lm.measure.end_task import EndTaskConfig, TaskData, fine_tune, load_task
 from das_lm.measure.held_out import HeldOut
 from das_lm.measure.results import FILE_NAME, PAGE_NAME, Results
@@ -54,12 +55,14 @@ class Probes:
         end_tasks: name -> source of labelled text, see `load_task`.
         end_task: how classifiers are fine-tuned.
         pseudo_perplexity: documents of every domain whose tokens are masked one at a time; a forward pass per token.
+        max_drift: domain -> how much its loss may rise from the base model, nats per predicted token.
     """
 
     cloze: Mapping[str, str] = field(default_factory=dict)
     end_tasks: Mapping[str, str] = field(default_factory=dict)
     end_task: EndTaskConfig = field(default_factory=EndTaskConfig)
     pseudo_perplexity: int = 0
+    max_drift: Mapping[str, float] = field(default_factory=dict)
 
 
 def evaluate_run(
@@ -83,6 +86,7 @@ def evaluate_run(
 
     Raises:
         UserError: no run, one that is not finished or has lost its checkpoints, or bad input.
+        DriftExceeded: all is measured and written, and a checkpoint has lost more than `max_drift` allows.
     """
     for key in training or {}:
         if key not in SPEED:
@@ -111,7 +115,7 @@ def _evaluate_run(run: Path, recipe: Recipe, measure: Sequence[str], probes: Pro
         broken = broken_file(stage.directory)
         if broken:
             raise UserError(f"--run {run}: the checkpoint {stage.directory} is not there or not whole: {broken}")
-    text = {name: one.held_out for name, one in recipe.load_text().items()}
+    text = {name: one.held_out for name, one in replace(recipe, remember=[]).load_text().items()}
     given = [spec.partition("=")[0] for spec in measure if "=" in spec]
     now = {name: {"held-out": text_fingerprint(one)} for name, one in text.items() if name not in given}
     check_text(results.run, {"text": now}, f"--run {run}")
@@ -145,6 +149,7 @@ def evaluate_checkpoints(
 
     Raises:
         UserError: bad input; nothing has been written.
+        DriftExceeded: see [`evaluate_run`].
     """
     if len(checkpoints) < 1 or not domains:
         raise UserError("give a --checkpoint NAME=PATH, the base model first, and a --domain NAME=DATA to measure")
@@ -200,6 +205,11 @@ def _evaluate(
     state, console = begin()
     if probes.pseudo_perplexity and any(is_causal(recipe, path) for path in paths):
         raise UserError("pseudo_perplexity: is of masked language models; a causal one has a perplexity of its own")
+    if unknown := probes.max_drift.keys() - text.keys():
+        raise UserError(
+            f"max_drift: there is no held-out text of '{min(unknown)}' (there is {', '.join(text)}); give it with "
+            f"--domain {min(unknown)}=PATH"
+        )
     questions = {name: load_questions(source) for name, source in probes.cloze.items()}
     tasks = {name: load_task(source) for name, source in probes.end_tasks.items()}
     tokenizers = [load_tokenizer(path, recipe) for path in paths]
@@ -244,6 +254,10 @@ def _evaluate(
         from das_lm.report.page import write_report
 
         console.print(f"Report: {write_report([output])}", soft_wrap=True, markup=False)
+    if probes.max_drift:
+        found = drifts([stage["name"] for stage in results.stages], held_out, probes.max_drift)
+        console.print(drift_table(found))
+        check_drifts(found)
     return results
 
 

@@ -16,6 +16,7 @@ from das_lm.cli.pretrain import pretrain
 from das_lm.cli.recipes import recipes
 from das_lm.cli.report import report
 from das_lm.cli.search_lambda import search_lambda
+from das_lm.cli.self_text import self_text
 from das_lm.cli.sweep import sweep
 from das_lm.cli.units import units
 from das_lm.errors import UserError, did_you_mean, one_line, speaks
@@ -39,6 +40,7 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "compare": compare,
     "report": report,
     "sweep": sweep,
+    "self-text": self_text,
     "check-data": check_data,
     "units": units,
     "classic": classic,

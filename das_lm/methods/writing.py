@@ -88,7 +88,8 @@ class Writer:
         newest, past = ids, None
         while ids.shape[1] < args.max_length + first:
             with self.trainer.accelerator.autocast():
-                output = model(input_ids=newest, past_key_values=past, use_cache=True)
+                seen = {"attention_mask": torch.ones_like(ids), "past_key_values": past, "use_cache": True}
+                output = model(input_ids=newest, **seen)
             logits, past = output.logits[:, -1].float(), output.past_key_values
             logits[:, forbidden] = -torch.inf
             logits[:, len(tokenizer) :] = -torch.inf
@@ -138,6 +139,21 @@ def chat_opening(tokenizer: Any) -> tuple[list[int], set[int]]:
 def vocabulary_of(tokenizer: Any) -> str:
     """A hash of the tokens and their numbers."""
     return hashlib.blake2b(repr(sorted(tokenizer.get_vocab().items())).encode(), digest_size=8).hexdigest()
+
+
+def facts_of(trainer: Engine, model: str) -> dict[str, str]:
+    """
+    Who writes, and how: the same facts, the same text.
+
+    Args:
+        model: a fingerprint of its weights.
+    """
+    args, causal = trainer.args, trainer.criterion.causal
+    facts = {"model_fingerprint": model, "max_length": str(args.max_length), "seed": str(args.seed)}
+    if not causal:
+        facts["sweeps"] = str(args.self_replay_sweeps)
+    about = repr((sorted(facts.items()), vocabulary_of(trainer.processing_class)))
+    return {**facts, "fingerprint": hashlib.blake2b(about.encode(), digest_size=16).hexdigest()}
 
 
 def save_written(path: Path, rows: Sequence[Row], tokenizer: Any, facts: dict[str, str]) -> None:

@@ -28,8 +28,8 @@ def self_text(arguments: list[str]) -> None:
         OPTIONS,
         arguments,
         usage="MODEL --rows N --output FILE [OPTION …]",
-        description="Let a model write text at temperature 1 that stands for what it knows. A recipe remembers it with "
-        "'remember: [{self: FILE}]'. Interrupted, the same command goes on.",
+        description="Let a model write text at temperature 1 that stands for what it knows. A recipe remembers it "
+        "with 'remember: [{self: FILE}]'. Interrupted, the same command goes on.",
         epilog="Some training arguments go here too, such as --max_length, --seed and --bf16; --help_all lists them.",
         only=TRAINING,
     )

@@ -414,6 +414,8 @@ class RememberedText(Domain):
             `- self: PATH` stand for these.
         weight: How often it is drawn, beside the other entries.
         rows: How many rows of `max_length` tokens the model writes; `memory_size` if unset.
+        budget: How far the model may drift from what it said of this text, nats per predicted token, in place of
+            `drift_budget`.
 
     Raises:
         UserError: A wrong key, type or combination.
@@ -421,6 +423,7 @@ class RememberedText(Domain):
 
     weight: float = Field(default=1.0, ge=0, le=1e6)
     rows: int | None = Field(default=None, ge=1)
+    budget: float | None = Field(default=None, ge=1e-6)
 
     @field_validator("data")
     @classmethod

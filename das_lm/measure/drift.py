@@ -1,4 +1,4 @@
-"""Whether checkpoints have lost more than they may: the rise of held-out loss against the base model, with interval."""
+"""Whether checkpoints have lost more than they may: the rise of held-out loss from the base model, with interval."""
 
 from __future__ import annotations
 
@@ -47,7 +47,9 @@ class Drift:
         return "exceeded" if self.low > self.bound else "undecided" if self.high > self.bound else "within"
 
 
-def drifts(names: Sequence[str], held_out: Sequence[Mapping[str, HeldOut]], bounds: Mapping[str, float]) -> list[Drift]:
+def drifts(
+    names: Sequence[str], held_out: Sequence[Mapping[str, HeldOut]], bounds: Mapping[str, float]
+) -> list[Drift]:
     """
     Args:
         names: of the checkpoints, the base model first.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -48,10 +47,10 @@ class AnchorArguments(WritingArguments, MemoryArguments):
         "Who knows the base model's distributions: a frozen 'copy', the model with its LoRA 'adapter' off, or tokens "
         "that were drawn from them once, 'cached'; 'auto': 'adapter' with one, 'cached' under FSDP2, else 'copy'.",
     )
-    drift_budget: float | dict[str, float] | None = knob(
+    drift_budget: Annotated[float, Interval(ge=1e-6)] | None = knob(
         None,
-        "How much may be lost, in nats per predicted token: of everything that is remembered, or a mapping by name. "
-        "anchor_weight is then where λ begins. In a walk, each domain may take an equal part of it.",
+        "How much may be lost, in nats per predicted token, of everything that is remembered; a source may have a "
+        "budget of its own. anchor_weight is where λ begins then. In a walk each domain may take an equal part of it.",
     )
     anchor_draws: Count = knob(64, "Tokens that are drawn from a distribution where it is cached.")
     anchor_variants: Count = knob(4, "Masks of each remembered row, of a masked model, where targets are cached.")
@@ -59,13 +58,6 @@ class AnchorArguments(WritingArguments, MemoryArguments):
         True,
         "Whether rows of a finished domain's text are kept to hold on to it; if not, rows that the model writes then.",
     )
-
-    def check(self) -> None:
-        """Raise `ValueError` for a bound that is none."""
-        budget = self.drift_budget
-        for bound in budget.values() if isinstance(budget, dict) else () if budget is None else (budget,):
-            if isinstance(bound, bool) or not isinstance(bound, int | float) or not 1e-6 <= bound < math.inf:
-                raise ValueError(f"drift_budget: {bound!r} is no bound; write nats per token, such as 0.02")
 
 
 class Anchor(Method):
@@ -111,8 +103,11 @@ class Anchor(Method):
             raise UserError("anchor_teacher: a sharded model cannot be copied; write cached")
         super().attach(trainer)
 
-    def parts(self, args: Any) -> Sequence[Method]:
-        return () if args.drift_budget is None else (self._budget,)
+    def parts(self, trainer: Engine) -> Sequence[Method]:
+        bounds = [trainer.args.drift_budget]
+        if trainer.remembered is not None:
+            bounds += [source.budget for source in trainer.remembered.sources.values()]
+        return () if bounds.count(None) == len(bounds) else (self._budget,)
 
     # ---- what is remembered ----------------------------------------------------------------------------------------
 

@@ -127,8 +127,8 @@ class Method:
     def __init_subclass__(cls) -> None:
         cls.name = vars(cls).get("name", cls.__name__.lower())
 
-    def parts(self, args: Any) -> Sequence[Method]:
-        """Methods that come with it under these arguments, and take turns by their own `order`."""
+    def parts(self, trainer: Engine) -> Sequence[Method]:
+        """Methods that come with it, before it is attached; they take turns by their own `order`."""
         return ()
 
     @classmethod

@@ -54,6 +54,8 @@ class Controller:
         """
         self._rows = min(self._rows + rows, ROWS)
         self.mean += min(1.0, rows / self._rows) * (divergence - self.mean) if rows else 0.0
+        if math.isinf(self.bound):
+            return
         bound = self.bound * (1 + SLACK * (1 - done))
         change = RATE * rows * max(-1.0, min(1.0, (self.mean - bound) / bound))
         self.weight = max(self.first / WIDEST, min(self.first * WIDEST, self.weight * math.exp(change)))
@@ -100,18 +102,16 @@ class Budget(Method):
             raise UserError("drift_budget: the weight of the anchor begins at anchor_weight, which is 0; write 1")
 
     def bound_of(self, past: str) -> float:
-        """The bound for a past. Raises `UserError` where none is given for it."""
-        budget = self.args.drift_budget
-        return budget if isinstance(budget, float | int) else budget.get(past, math.inf)
+        """The bound for a past, infinite where it has none."""
+        source = self.anchor.base.get(past)
+        budget = self.args.drift_budget if source is None or source.budget is None else source.budget
+        return math.inf if budget is None else budget
 
     def begin_domain(self) -> None:
         """Raises `UserError` where too few rows are remembered to keep some apart."""
         if not self.old:
             self.old = {name: value.clone() for name, value in self.values().items()}
-        pasts = self.anchor.pasts
-        if isinstance(self.args.drift_budget, Mapping) and (unknown := self.args.drift_budget.keys() - pasts.keys()):
-            raise UserError(f"drift_budget: nothing is remembered as '{min(unknown)}'; there is {', '.join(pasts)}")
-        for name in pasts:
+        for name in self.anchor.pasts:
             if not len(self.anchor.rows_apart(name)):
                 raise UserError(f"drift_budget: too few rows of '{name}' to keep some apart; remember 8 or more")
             self.controllers[name] = Controller(self.bound_of(name), self.args.anchor_weight)

@@ -28,11 +28,14 @@ class Source:
         rows: a map-style data set of rows as those that are trained on; `None` until the model has written them.
         weight: how often it is drawn, beside the others.
         write: how many rows the model writes; 0 for text that was given.
+        budget: how far the model may drift from what the base model says of it, nats per predicted token, in place of
+            `drift_budget`.
     """
 
     rows: Any
     weight: float = 1.0
     write: int = 0
+    budget: float | None = None
 
 
 class Remembered(Method):

@@ -277,7 +277,7 @@ class Walk:
             development_dataset=development and {n: one for n, one in development.items() if n in to_choose_by},
             architecture=recipe.architecture(),
             peft_config=adapters.lora_config(recipe.peft) if recipe.peft else None,
-            remember={one.name: (self._remembered(one, tokenizer), one.weight) for one in recipe.remember} or None,
+            remember={one.name: self._remembered(one, tokenizer, stage) for one in recipe.remember} or None,
         )
         trainer.tells_of_methods_without_effect = False  # the walk does
         return trainer
@@ -286,11 +286,8 @@ class Walk:
         args = self.recipe.training_arguments(stage.domain, str(directory))
         if stage is not self.stages[0] and not (stage.domain and "importance" in stage.domain.training):
             args.importance = "auto"  # where the importance of the base model comes from has been settled
-        part = (self.stages.index(stage) + 1) / len(self.stages)  # of what may be lost in all
-        budget = args.drift_budget
-        if budget is not None:
-            of_all = isinstance(budget, float)
-            args.drift_budget = part * budget if of_all else {name: part * one for name, one in budget.items()}
+        if args.drift_budget is not None:
+            args.drift_budget *= self._part_of(stage)
         args.push_to_hub = False  # the walk pushes, when a stage is finished and measured
         return args
 
@@ -306,12 +303,18 @@ class Walk:
         blocks = self.reader.packed(tokenizer, [domain.name for domain in learned])
         return TrainingBlocks(blocks, masking, seed, "interleaved" if needs_earlier else self.recipe.schedule)
 
-    def _remembered(self, entry: RememberedText, tokenizer: Any) -> Any:
-        """What a trainer is given for an entry of `remember`."""
+    def _remembered(self, entry: RememberedText, tokenizer: Any, stage: Stage) -> tuple[Any, float, float | None]:
+        """What a trainer is given for an entry of `remember`: data, weight, and how far it may drift by this stage."""
         if is_self(entry.data):
             path = entry.data.partition(":")[2]
-            return Path(path).expanduser() if path else entry.rows or "self"
-        return self.reader.packed(tokenizer, [entry.name])[entry.name]
+            data = Path(path).expanduser() if path else entry.rows or "self"
+        else:
+            data = self.reader.packed(tokenizer, [entry.name])[entry.name]
+        return data, entry.weight, entry.budget and entry.budget * self._part_of(stage)
+
+    def _part_of(self, stage: Stage) -> float:
+        """How much of what may be lost in all may be lost by the end of a stage."""
+        return (self.stages.index(stage) + 1) / len(self.stages)
 
     def _domains_until(self, stage: Stage) -> list[Domain]:
         return [domain for one in self.stages[: self.stages.index(stage) + 1] for domain in one.domains]

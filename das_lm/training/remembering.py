@@ -50,28 +50,32 @@ def remembered_by(
         remember = {"self" if isinstance(remember, str | int) else "remembered": remember}
     sources = {}
     for name, given in remember.items():
-        data, weight = given if isinstance(given, tuple) and len(given) == 2 else (given, 1.0)
-        if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 <= weight < math.inf:
-            raise UserError(f"remember: '{name}': its weight is {weight!r}; write a number of at least 0")
-        sources[name] = _source(name, data, float(weight), inputs, args)
+        data, weight, budget = (
+            (*given, None)[:3] if isinstance(given, tuple) and len(given) > 1 else (given, 1.0, None)
+        )
+        for what, value in (("weight", weight), ("budget", 1 if budget is None else budget)):
+            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
+                raise UserError(f"remember: '{name}': its {what} is {value!r}; write a number of at least 0")
+        sources[name] = _source(name, data, inputs, args)
+        sources[name].weight, sources[name].budget = float(weight), budget
     if not sum(source.weight for source in sources.values()):
         raise UserError("remember: no source has a weight above 0; leave remember out, or name text")
     return Remembered(sources)
 
 
-def _source(name: str, data: Any, weight: float, inputs: Rows | Text, args: ContinualConfig) -> Source:
+def _source(name: str, data: Any, inputs: Rows | Text, args: ContinualConfig) -> Source:
     if data == "self" if isinstance(data, str) else isinstance(data, int):
         count = args.memory_size if data == "self" else data
         if isinstance(data, bool) or count < 1:
             raise UserError(f"remember: '{name}': {data!r} is no number of rows to write; write 512, for example")
         if isinstance(inputs, Rows):
             raise UserError(f"remember: '{name}': a module cannot write text; give rows of data")
-        return Source(None, weight, count)
+        return Source(None, write=count)
     if isinstance(data, Path) and isinstance(inputs, Text):
         rows, _ = load_written(data, inputs.tokenizer)
         with as_user_error(f"remember: '{name}': {data}"):
             check_blocks(rows, inputs.known, inputs.limit)
-        return Source(rows, weight)
+        return Source(rows)
     if isinstance(data, str | Path):
         raise UserError(
             f"remember: '{name}': '{data}' is neither 'self', a number of rows to write, nor data; those of files are "
@@ -80,4 +84,4 @@ def _source(name: str, data: Any, weight: float, inputs: Rows | Text, args: Cont
     rows = inputs.training(data)
     if rows is None or not len(rows) or len(rows.domains) != 1:
         raise UserError(f"remember: '{name}': there is nothing in it; leave it out, or give text")
-    return Source(next(iter(rows.domains.values())), weight)
+    return Source(next(iter(rows.domains.values())))

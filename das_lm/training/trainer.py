@@ -69,8 +69,9 @@ class ContinualTrainer(MeasuringTrainer):
         text_column: the column that holds the text.
         remember: what stands for what the model knew before the first domain, for the methods that hold on to it:
             data as `train_dataset`, `"self"`, text that the model writes, or how many rows of it; or a dictionary of
-            these by name, each alone or with a weight, such as `{"wiki": (texts, 2.0), "self": 4096}`. A later domain
-            goes on with what was written before the first.
+            these by name, each alone, with a weight, or with a weight and how far the model may drift on it (see
+            `drift_budget`), such as `{"wiki": (texts, 2.0), "self": (4096, 1.0, 0.02)}`. A later domain goes on with
+            what was written before the first.
         data_collator: makes a batch of rows that are masked and labelled already, in place of [`PaddingCollator`].
         kwargs: further arguments of the Trainer. `compute_metrics` gets the logits and labels that
             [`predict`] returns.
@@ -164,7 +165,7 @@ class ContinualTrainer(MeasuringTrainer):
             self._check_sharding()
         given.check_methods(self.methods, self.has_adapter, self.is_sharded)
         self.remembered = remembered_by(self._remember, self.methods, self.inputs, self.args)
-        parts = [part for one in self.methods for part in one.parts(self.args)]
+        parts = [part for one in self.methods for part in one.parts(self)]
         remembered = [] if self.remembered is None else [self.remembered]
         self.methods = sorted([*remembered, *self.methods, *parts], key=lambda one: one.order)
         for one in self.methods:

@@ -152,7 +152,7 @@ def test_the_teacher_stays_the_base_model(tmp_path):
     assert [row["input_ids"].tolist() for row in ours] == [row["input_ids"].tolist() for row in theirs]
 
 
-# ---- teachers ---------------------------------------------------------------------------------------------------------
+# ---- teachers -------------------------------------------------------------------------------------------------------
 
 
 class Fixed(nn.Module):
@@ -245,7 +245,7 @@ def test_the_adapter_off_is_a_copy_of_the_base_model(tmp_path):
     assert equal(*models) and any("lora_B" in name and value.any() for name, value in models[0].items())
 
 
-# ---- finished domains -------------------------------------------------------------------------------------------------
+# ---- finished domains -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("teacher", ["copy", "cached"])
@@ -285,7 +285,7 @@ def test_without_keep_text_no_text_of_the_domain_is_kept(tmp_path):
         assert all(np.array(ids[1:-1], dtype=kind).tobytes() not in whole for kind in ("<i2", "<i4", "<i8"))
 
 
-# ---- what it is given -------------------------------------------------------------------------------------------------
+# ---- what it is given -----------------------------------------------------------------------------------------------
 
 
 def test_the_rows_of_the_domain_are_the_same_with_and_without(tmp_path):

@@ -92,10 +92,10 @@ def test_a_bound_that_is_far_away_changes_no_weight_at_the_end(tmp_path):
 def test_a_bound_that_is_broken_already_is_told(tmp_path):
     """The second domain is to hold what the first has lost."""
     method, model = Anchor(), MODELS["causal"]()
-    trainer_of(tmp_path, model, method, memory_size=16, max_steps=10, anchor_weight=0.1).train()
+    trainer_of(tmp_path, model, method, memory_size=64, max_steps=10, anchor_weight=0.1).train()
     before = parameters(model)
     more = {"domain": "cs", "train_dataset": random_blocks(24), "drift_budget": 0.001}
-    trainer = trainer_of(tmp_path, model, method, memory_size=16, max_steps=10, **more)
+    trainer = trainer_of(tmp_path, model, method, memory_size=64, max_steps=10, **more)
     trainer.train()
     verdict = budget_of(trainer).verdict
     assert not verdict["budget_holds"] and verdict["landed_at"] == 0.0 and equal(parameters(model), before)

@@ -128,7 +128,7 @@ def chat_opening(tokenizer: Any) -> tuple[list[int], set[int]]:
     with as_user_error("the chat template of the tokenizer fails on a single message of a user"):
         chat = [{"role": "user", "content": word}]
         text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(text.replace(word, ""), add_special_tokens=False)["input_ids"]
     opening = tokenizer(text.partition(word)[0], add_special_tokens=False)["input_ids"]
     return opening, set(ids) & set(tokenizer.all_special_ids)
 

@@ -46,11 +46,11 @@ class Rows:
     def __init__(self, args: ContinualConfig, domain: str, model: nn.Module):
         self.args, self.domain, self.model, self.seed = args, domain, model, data_seed(args)
 
-    def training(self, data: Any) -> TrainingRows | None:
+    def training(self, data: Any, where: str = "train_dataset") -> TrainingRows | None:
         """What is trained on. Raises `UserError` for what a module cannot be trained on."""
         if data is None or isinstance(data, TrainingRows):
             return data
-        return TrainingRows({self.domain: self.rows(_train_split(data), "train_dataset")}, self.seed)
+        return TrainingRows({self.domain: self.rows(_train_split(data, where), where)}, self.seed)
 
     def rows_to_train_on(self, domains: Mapping[str, Any]) -> TrainingRows:
         """Training rows of domains, whose rows are as they have to be."""
@@ -140,9 +140,9 @@ class Text:
         self.masking = labeling(tokenizer, model.can_generate(), args.mlm_probability)
         self.collator = PaddingCollator(tokenizer)
 
-    def training(self, data: Any) -> TrainingBlocks | None:
+    def training(self, data: Any, where: str = "train_dataset") -> TrainingBlocks | None:
         """What is trained on. Raises `UserError` for what is no text."""
-        data = _train_split(data)
+        data = _train_split(data, where)
         if isinstance(data, TorchStream) and not isinstance(data, datasets.IterableDataset):
             data = _as_stream(data, self.column)
         if isinstance(data, datasets.IterableDataset):
@@ -152,7 +152,7 @@ class Text:
         if isinstance(data, TrainingStream):
             self._take_from_stream(data)
         elif data is not None and not isinstance(data, TrainingBlocks):
-            data = self._table(data, "train_dataset")
+            data = self._table(data, where)
             if "input_ids" not in data.column_names:
                 data = pack(data, self.tokenizer, self.max_length)
             data = TrainingBlocks({self.domain: data}, self.masking, self.seed)
@@ -262,12 +262,12 @@ def _refuse_names(data: Any, where: str) -> None:
         raise UserError(f"{where}: a dictionary; one domain is learned at a time: give one of them, such as [{key!r}]")
 
 
-def _train_split(data: Any) -> Any:
+def _train_split(data: Any, where: str) -> Any:
     """Of a `DatasetDict` its split `train`."""
     if not isinstance(data, datasets.DatasetDict | datasets.IterableDatasetDict):
         return data
     if "train" not in data:
-        raise UserError(f"train_dataset: has no split 'train'; give one of its splits, {', '.join(data)}")
+        raise UserError(f"{where}: has no split 'train'; give one of its splits, {', '.join(data)}")
     return data["train"]
 
 

@@ -81,7 +81,7 @@ def _source(name: str, data: Any, inputs: Rows | Text, args: ContinualConfig) ->
             f"remember: '{name}': '{data}' is neither 'self', a number of rows to write, nor data; those of files are "
             f"Domain('{name}', data='{data}').load().train"
         )
-    rows = inputs.training(data)
+    rows = inputs.training(data, f"remember['{name}']")
     if rows is None or not len(rows) or len(rows.domains) != 1:
         raise UserError(f"remember: '{name}': there is nothing in it; leave it out, or give text")
     return Source(next(iter(rows.domains.values())))

@@ -70,7 +70,7 @@ class World:
     def model(self) -> nn.Module:
         return tiny_roberta(0.1) if self.kind == "language model" else Classifier()
 
-    def train(self, directory, model, method, domain: int, resume=False, **options) -> ContinualTrainer:
+    def train(self, directory, model, method, domain: int, resume=False, remember=None, **options) -> ContinualTrainer:
         name = method if isinstance(method, str) else next(n for n, m in METHODS.items() if type(method) is m)
         arguments = DASConfig(
             output_dir=str(directory),
@@ -103,6 +103,7 @@ class World:
             train_dataset=data,
             processing_class=build_tokenizer() if language else None,
             domain=f"domain {domain}",
+            remember=remember,
         )
         trainer.train(resume_from_checkpoint=newest_checkpoint(directory) if resume else None)
         return trainer

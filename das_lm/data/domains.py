@@ -421,6 +421,7 @@ class RememberedText(Domain):
         UserError: A wrong key, type or combination.
     """
 
+    max_documents: int | None = Field(default=None, validate_default=True)
     weight: float = Field(default=1.0, ge=0, le=1e6)
     rows: int | None = Field(default=None, ge=1)
     budget: float | None = Field(default=None, ge=1e-6)

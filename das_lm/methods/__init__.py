@@ -15,6 +15,7 @@ from das_lm.methods.base import Method
 from das_lm.methods.das import DAS
 from das_lm.methods.ema import EMA
 from das_lm.methods.ewc import EWC
+from das_lm.methods.gate import Gate
 from das_lm.methods.gem import GEM
 from das_lm.methods.interpolate import Interpolate
 from das_lm.methods.joint import Joint
@@ -23,6 +24,7 @@ from das_lm.methods.lwf import LwF
 from das_lm.methods.mas import MAS
 from das_lm.methods.naive import Naive
 from das_lm.methods.ncl import NCL
+from das_lm.methods.pull_back import PullBack
 from das_lm.methods.replay import Replay
 from das_lm.methods.rwalk import RWalk
 from das_lm.methods.scp import SCP
@@ -33,8 +35,8 @@ from das_lm.methods.spg import SPG
 logger = logging.getLogger(__name__)
 
 BUILT_IN = (
-    *(AGEM, Anchor, DAS, EMA, EWC, GEM, Interpolate, Joint, L2, LwF),
-    *(MAS, Naive, NCL, Replay, RWalk, SCP, SelfReplay, SI, SPG),
+    *(AGEM, Anchor, DAS, EMA, EWC, Gate, GEM, Interpolate, Joint, L2, LwF),
+    *(MAS, Naive, NCL, PullBack, Replay, RWalk, SCP, SelfReplay, SI, SPG),
 )
 ENTRY_POINTS = "das_lm.methods"
 
@@ -140,11 +142,13 @@ __all__ = [
     "SI",
     "SPG",
     "Anchor",
+    "Gate",
     "Interpolate",
     "Joint",
     "LwF",
     "Method",
     "Naive",
+    "PullBack",
     "RWalk",
     "Replay",
     "SelfReplay",

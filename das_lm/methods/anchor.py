@@ -1,4 +1,4 @@
-"""Anchor: output distributions are held on text that stands for the past (arXiv 2605.26097, 2509.04259)."""
+"""Anchor: output distributions are held on text that stands for the past (arXiv 2605.26097, arXiv 2509.04259)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from das_lm.data.blocks import TrainingBlocks
 from das_lm.data.collating import PaddingCollator
 from das_lm.data.masking import labeling
 from das_lm.errors import UserError
-from das_lm.methods.arguments import Count, MemoryArguments, NotNegative, knob
+from das_lm.methods.arguments import Batches, Count, NotNegative, knob
 from das_lm.methods.base import Engine, Method, Tensors
 from das_lm.methods.budget import Budget
 from das_lm.methods.memory import Reservoir, check_tokens
@@ -35,7 +35,7 @@ from das_lm.model.objective import Output
 
 
 @dataclass
-class AnchorArguments(WritingArguments, MemoryArguments):
+class AnchorArguments(WritingArguments, Batches):
     anchor_weight: NotNegative = knob(
         1.0, "λ of the KL divergence on remembered text; a nat of it costs as much as λ nats of the domain's loss."
     )

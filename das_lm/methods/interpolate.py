@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from das_lm.errors import UserError
-from das_lm.methods.arguments import Arguments, knob
+from das_lm.methods.arguments import Arguments, NotNegative, knob
 from das_lm.methods.base import Engine, Method, Tensors
 from das_lm.units.soft_mask import check_fresh
 
@@ -24,6 +26,11 @@ class InterpolateArguments(Arguments):
         "0.5",
         "α of θ ← α θ_new + (1 - α) θ_old after a domain (WiSE-FT, 2109.01903), in [0, 1]; 'auto' chooses it on one "
         "half of the held-out documents of the domains learned so far; the other half is what is reported.",
+    )
+    interpolation_slope: NotNegative = knob(
+        0.0,
+        "b of LiNeS (2410.17146): layer l of L interpolates by α + b l / (L - 1), at most 1, so that the last layers "
+        "keep more of what they learned; 0 is one α for all.",
     )
     interpolation_domains: list[str] = knob(
         [],
@@ -106,7 +113,7 @@ class Interpolate(Method):
         self.old = {}
 
     def _set(self, new: Tensors, alpha: float) -> None:
-        between(self, self.old, new, alpha)
+        between(self, self.old, new, alpha, self.args.interpolation_slope)
 
     def state(self) -> dict[str, Any]:
         if self.alpha is None:
@@ -115,7 +122,29 @@ class Interpolate(Method):
         return {"interpolation_alpha": self.alpha, **chosen_on}
 
 
-def between(method: Method, old: Tensors, new: Tensors, alpha: float) -> None:
-    """Set the weights to α new + (1 − α) old; of an adapter that began at B = 0, to A as it is and α B."""
-    for name, value in method.values().items():
-        value.copy_(torch.lerp(old[name], new[name], 1.0 if ".lora_A." in name else alpha))
+def between(method: Method, old: Tensors, new: Tensors, alpha: float, slope: float = 0.0) -> None:
+    """
+    Set the weights to α new + (1 − α) old; of an adapter that began at B = 0, to A as it is and α B.
+
+    Args:
+        slope: how much larger α is in the last layer than in the first. What stands in no layer is as the first; an
+            LM head of its own as the last.
+    """
+    values = method.values()
+    depth = layers_of(values) if slope else {}
+    last = max(depth.values(), default=0)
+    for name, value in values.items():
+        share = min(1.0, alpha + slope * depth.get(name, 0) / max(last, 1))
+        value.copy_(torch.lerp(old[name], new[name], 1.0 if ".lora_A." in name else share))
+
+
+def layers_of(names: Iterable[str]) -> dict[str, int]:
+    """Name of a parameter -> number of its layer, the first number in the name; embeddings stand in the first, what
+    follows the layers in the last."""
+    found = {name: int(match[1]) for name in names if (match := re.search(r"\.(\d+)\.", name))}
+    last, begun = max(found.values(), default=0), False
+    layers = {}
+    for name in names:
+        begun = begun or name in found
+        layers[name] = found.get(name, last if begun else 0)
+    return layers

@@ -9,7 +9,7 @@ from das_lm.methods import METHODS
 from tests.distributed import run_in_two_processes
 from tests.helpers import build_tokenizer, random_blocks, tiny_roberta
 
-METHODS_HERE = ["ewc", "mas", "scp", "si", "rwalk", "replay", "lwf", "ema", "anchor"]
+METHODS_HERE = ["ewc", "mas", "scp", "si", "rwalk", "replay", "lwf", "ema", "anchor", "anchor cached"]
 SCRIPT = """
 import sys
 import torch
@@ -23,7 +23,7 @@ train(sys.argv[1], batch_size=4)
 def train(directory, batch_size):
     """Learn two domains with each method; the main process writes down what came out."""
     for name in METHODS_HERE:
-        model, method = tiny_roberta(), METHODS[name]()
+        model, method = tiny_roberta(), METHODS[name.partition(" ")[0]]()
         for domain in range(2):
             args = DASConfig(
                 output_dir=f"{directory}/output",
@@ -40,6 +40,9 @@ def train(directory, batch_size):
                 rwalk_interval=2,
                 replay_ratio=0.5,
                 memory_size=10,
+                self_replay_sweeps=2,
+                anchor_teacher="cached" if "cached" in name else "auto",
+                drift_budget=0.01 if "cached" in name else None,
                 use_cpu=True,
                 disable_tqdm=True,
                 report_to=[],

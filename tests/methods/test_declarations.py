@@ -16,7 +16,10 @@ from tests.helpers import build_tokenizer, load_script, random_blocks, tiny_robe
 OWN = {one.name for one in dataclasses.fields(DASConfig)} - {one.name for one in dataclasses.fields(TrainingArguments)}
 #: With which a method reads all of its options.
 OPTIONS = {
+    "anchor": {"anchor_teacher": "cached", "self_replay_sweeps": 1},
     "ewc": {"ewc_mode": "online"},
+    "pull_back": {"pull_back_every": 1},
+    "gate": {"token_weighting": "stm"},
     "interpolate": {"interpolation_alpha": "auto"},
     "ncl": {"optim": "sgd", "max_grad_norm": 0.0},
     "rwalk": {"rwalk_interval": 4},
@@ -94,7 +97,7 @@ def test_options_that_no_chosen_method_reads():
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in ("naive", "joint")])
 def test_a_method_without_effect_in_the_first_domain_says_so(name, tmp_path, caplog):
     """What says so is plain training bit for bit there, and all else is not; in the second domain nothing says so."""
-    options = OPTIONS.get(name, {}) if name == "ncl" else {}
+    options = OPTIONS.get(name, {}) if name in ("ncl", "pull_back") else {}
     method, model, naive = METHODS[name](), tiny_roberta(), tiny_roberta()
     with caplog.at_level(logging.WARNING):
         learn(tmp_path, method, model, 0, **options)
@@ -105,7 +108,7 @@ def test_a_method_without_effect_in_the_first_domain_says_so(name, tmp_path, cap
         assert ("no effect" in said) == is_plain == (not method.protects_base)
         assert f"domain 'domain 0': {name}: no effect" in said or method.protects_base
         assert (
-            "protect the base model: anchor, das, ema, interpolate, lwf, ncl, self_replay" in said
+            "without: anchor, das, ema, gate, interpolate, lwf, ncl, pull_back, self_replay" in said
             or method.protects_base
         )
         learn(tmp_path, method, model, 1, **options)

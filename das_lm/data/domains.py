@@ -8,7 +8,7 @@ import itertools
 import re
 import sys
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator
@@ -73,6 +73,26 @@ class Documents:
 
 @in_plain_words
 @dataclass(config=ConfigDict(extra="forbid"))
+class Part:
+    """
+    A part of a mixture.
+
+    Args:
+        path: A path or glob, or a list of them; `"hub:ORGANISATION/NAME"`; or `"built-in:NAME"`.
+        weight: How often a document of it comes, beside the other parts.
+        column: Column that holds the text, if it is another than the domain's.
+
+    Raises:
+        UserError: A wrong key, type or combination.
+    """
+
+    path: str | list[str]
+    weight: float = Field(default=1.0, gt=0, le=1e6)
+    column: str | None = None
+
+
+@in_plain_words
+@dataclass(config=ConfigDict(extra="forbid"))
 class Domain:
     """
     A domain to learn, or to measure only. An entry of `domains` and of `measure` in a recipe has the same keys.
@@ -82,7 +102,10 @@ class Domain:
         data: `"built-in"` (the text of this name that comes with the package) or `"built-in:NAME"`; a path or glob, or
             a list of them: `.txt` (documents separated by blank lines, or one per line where there are none),
             `.jsonl`/`.json` (one object per line), `.csv` (with a header), each also as `.gz`, and `.parquet`; or
-            `"hub:ORGANISATION/NAME"`, a data set of the Hugging Face hub.
+            `"hub:ORGANISATION/NAME"`, a data set of the Hugging Face hub. Or a mixture: a list of [`Part`], such as
+            `[{path: a.txt, weight: 0.7}, {path: b.txt, weight: 0.3}]`, whose documents are interleaved at random.
+        stopping_strategy: A mixture ends when the first of its parts does, `"first_exhausted"`, or when each has been
+            read at least once, `"all_exhausted"`, others then several times.
         config: Configuration of the hub data set.
         split: Split of the hub data set.
         revision: Commit, tag or branch of the hub data set.
@@ -106,7 +129,8 @@ class Domain:
     """
 
     name: str
-    data: str | list[str] = Field(default="built-in", validate_default=True)
+    data: str | list[str] | list[Part] = Field(default="built-in", validate_default=True)
+    stopping_strategy: Literal["first_exhausted", "all_exhausted"] = "first_exhausted"
     config: str | None = None
     split: str = "train"
     revision: str | None = None
@@ -128,12 +152,40 @@ class Domain:
             )
         return name
 
+    @field_validator("data", mode="before")
+    @classmethod
+    def _take_parts(cls, data: Any) -> Any:
+        """The entries of a mixture, each with its own message if it is none."""
+        if not isinstance(data, list) or not any(isinstance(entry, dict | Part) for entry in data):
+            return data
+        parts = []
+        for index, entry in enumerate(data):
+            if isinstance(entry, str):
+                raise ValueError(f"[{index}]: '{entry}' stands among parts with a weight; write {{path: '{entry}'}}")
+            if isinstance(entry, dict):
+                unknown = [str(key) for key in entry if key not in ("path", "weight", "column")]
+                if unknown or "path" not in entry:
+                    what = f"unknown key '{unknown[0]}'" if unknown else "no path"
+                    raise ValueError(f"[{index}]: {what}; a part has path, weight and column")
+                try:
+                    entry = Part(**entry)
+                except UserError as error:
+                    raise ValueError(f"[{index}]: {str(error).removeprefix('Part: ')}") from None
+            parts.append(entry)
+        return parts
+
     @field_validator("data")
     @classmethod
-    def _check_data(cls, data: str | list[str], info: ValidationInfo) -> str | list[str]:
+    def _check_data(cls, data: Any, info: ValidationInfo) -> Any:
         if _is_empty(data):
             raise ValueError("is empty; write 'built-in', a path, a list of paths, or 'hub:organisation/name'")
-        if isinstance(data, list):
+        if data_kind(data) == "mixture":
+            for index, part in enumerate(data):
+                if data_kind(part.path) == "built-in":
+                    cls._check_data(part.path if ":" in part.path else "built-in:", info)
+                elif _is_empty(part.path) or part.path == "hub:":
+                    raise ValueError(f"[{index}]: names no data; write a path, or 'hub:organisation/name'")
+        elif isinstance(data, list):
             for entry in data:
                 if data_kind(entry) != "files":
                     raise ValueError(f"'{entry}' cannot stand in a list; a list holds paths only")
@@ -228,7 +280,7 @@ class Domain:
 
         if self.streaming:
             return self._load_stream(held_out, measure_only, warnings)
-        documents = self._usable(self._read(self.data, self.split, self.max_documents), "", warnings)
+        documents = self._documents(warnings)
         ids = np.array(documents["id"])
         first = _first_of_each(ids)
         if measure_only:
@@ -264,8 +316,31 @@ class Domain:
             UserError: As [`load`].
         """
         warnings: list[str] = []
-        documents = self._usable(self._read(self.data, self.split, self.max_documents), "", warnings)
+        documents = self._documents(warnings)
         return Documents(documents, documents.select([]), warnings)
+
+    def _documents(self, warnings: list[str]) -> Dataset:
+        """All usable documents; those of a mixture in one order."""
+        if data_kind(self.data) != "mixture":
+            return self._usable(self._read(self.data, self.split, self.max_documents), "", warnings)
+        parts = [self._usable(one._read(one.data, one.split, None), "", warnings) for one in self._parts()]
+        documents = self._interleaved(parts)
+        return documents.select(range(min(self.max_documents or len(documents), len(documents))))
+
+    def _parts(self) -> list[Domain]:
+        """The parts of a mixture, as domains of their own."""
+        return [
+            dataclasses.replace(self, data=part.path, column=part.column or self.column, held_out=0.1)
+            for part in self.data
+        ]
+
+    def _interleaved(self, parts: list[Any]) -> Any:
+        """Data sets mixed at random by the weights of the parts; the same on every machine."""
+        import datasets
+
+        total = sum(part.weight for part in self.data)
+        chances = [part.weight / total for part in self.data]
+        return datasets.interleave_datasets(parts, chances, seed=0, stopping_strategy=self.stopping_strategy)
 
     def _load_stream(self, held_out: Dataset | None, measure_only: bool, warnings: list[str]) -> Documents:
         """The documents as a stream. What is held out is read from its beginning: the first `MAX_HELD_OUT` whose hash
@@ -277,9 +352,7 @@ class Domain:
         where = f"domain '{self.name}'"
         if data_kind(self.data) == "hub":
             where = f"{where}: hub data set '{self.data.removeprefix('hub:')}'"
-            source = self._open_hub(self.data.removeprefix("hub:"), self.split)
-        else:
-            source = stream_files([self.data] if isinstance(self.data, str) else self.data, self.column, self.name)
+        source = self._stream()
         if self.max_documents:
             source = source.take(self.max_documents)
         documents = DocumentStream(source, self.column, where, self.min_characters)
@@ -302,7 +375,8 @@ class Domain:
             held_out = Dataset.from_list(list(found.values())).select_columns(["id", "text"])
         if measure_only:
             return Documents(None, held_out, warnings)
-        is_remote = data_kind(self.data) == "hub"
+        paths = [part.path for part in self.data] if data_kind(self.data) == "mixture" else [self.data]
+        is_remote = any(data_kind(path) == "hub" for path in paths)
         documents = DocumentStream(source, self.column, where, self.min_characters, held_out["id"], is_remote)
         if next(iter(documents), None) is None:
             raise UserError(
@@ -314,6 +388,18 @@ class Domain:
             "else is left out or repeated is not counted, and no passage of it is compared with measured text"
         )
         return Documents(documents, held_out, warnings)
+
+    def _stream(self) -> IterableDataset:
+        """All rows, read when they are asked for."""
+        if data_kind(self.data) == "mixture":
+            parts = [(one._stream().select_columns(one.column), one.column) for one in self._parts()]
+            renamed = [
+                one if column == self.column else one.rename_column(column, self.column) for one, column in parts
+            ]
+            return self._interleaved(renamed)
+        if data_kind(self.data) == "hub":
+            return self._open_hub(self.data.removeprefix("hub:"), self.split)
+        return stream_files([self.data] if isinstance(self.data, str) else self.data, self.column, self.name)
 
     def _read(self, data: str | list[str], split: str, limit: int | None) -> Dataset:
         """All rows of a source, with the columns of [`to_row`]."""
@@ -471,6 +557,13 @@ class RememberedText(Domain):
         return {"name": "self", **given, **{key: value for key, value in entry.items() if key != "self"}}
 
 
+def paths_of(data: Any) -> list[Any]:
+    """The entries of `data` or `held_out`: paths, and what stands for a data set; those of a mixture part by part."""
+    if data_kind(data) == "mixture":
+        return [path for part in data for path in paths_of(part.path)]
+    return data if isinstance(data, list) else [data.removeprefix("self:") if is_self(data) else data]
+
+
 def is_self(data: str | list[str]) -> bool:
     """Whether `data` stands for text that a model writes, or wrote."""
     return isinstance(data, str) and (data == "self" or data.startswith("self:"))
@@ -482,8 +575,10 @@ def text_fingerprint(documents: Dataset) -> str:
     return hashlib.blake2b("".join(ids).encode(), digest_size=8).hexdigest()
 
 
-def data_kind(data: str | list[str]) -> str:
-    """Where a domain's `data` leads: `"built-in"`, `"hub"` or `"files"`."""
+def data_kind(data: str | list[str] | list[Part]) -> str:
+    """Where a domain's `data` leads: `"built-in"`, `"hub"`, `"files"` or `"mixture"`."""
+    if isinstance(data, list) and data and isinstance(data[0], Part):
+        return "mixture"
     if isinstance(data, str):
         if data == "built-in" or data.startswith("built-in:"):
             return "built-in"

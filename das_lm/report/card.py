@@ -232,8 +232,11 @@ def _arguments(recipe: dict[str, Any]) -> list[list[str]]:
     ]
 
 
-def _source(data: str | list[str]) -> str:
-    """Where a domain's text comes from; of files their names alone."""
+def _source(data: Any) -> str:
+    """Where a domain's text comes from; of files their names alone; of a mixture each part with its share."""
+    if isinstance(data, list) and data and isinstance(data[0], dict):
+        total = sum(part.get("weight", 1.0) for part in data)
+        return ", ".join(f"{_source(part['path'])} {part.get('weight', 1.0) / total:.0%}" for part in data)
     if isinstance(data, str) and data.startswith("built-in"):
         return "built into das-lm"
     if _is_hub_data(data):

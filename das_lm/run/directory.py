@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from transformers import TrainingArguments
 
+from das_lm.data.domains import paths_of
 from das_lm.errors import UserError
 from das_lm.files import (
     MANIFEST,
@@ -415,12 +416,9 @@ def _inputs(recipe: Recipe) -> Iterator[tuple[str, Path]]:
         *((f"domain '{one.name}': ", one.training) for one in recipe.domains),
     ):
         given.append((f"{where}importance", training.get("importance", "")))
-    for domain in (*recipe.domains, *recipe.measure):
+    for domain in (*recipe.domains, *recipe.measure, *recipe.remember):
         for key in ("data", "held_out"):
-            value = getattr(domain, key)
-            given += [
-                (f"domain '{domain.name}': {key}", path) for path in (value if isinstance(value, list) else [value])
-            ]
+            given += [(f"domain '{domain.name}': {key}", path) for path in paths_of(getattr(domain, key))]
     for key, path in given:
         if isinstance(path, str):
             path = os.path.expanduser(path)

@@ -495,7 +495,11 @@ def test_directory(tmp_path):
         ({"data": []}, "Domain: data: is empty"),
         ({"data": ["a.txt", "hub:a/b"]}, "'hub:a/b' cannot stand in a list"),
         ({"data": "hub:"}, "names no data set"),
-        ({"data": 3}, "Domain: data: expected text or a list, each entry text, not 3"),
+        (
+            {"data": 3},
+            "Domain: data: expected text or a list, each entry text or a list, each entry a mapping of keys to "
+            "values, not 3",
+        ),
         ({"data": "built-in:bio", "streaming": True}, "streaming: is for files and hub data sets"),
         ({"streaming": True, "add_tokens": 5}, "add_tokens: takes words of the whole text"),
         ({"shuffle_buffer": 0}, "shuffle_buffer: "),

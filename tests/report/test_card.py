@@ -364,7 +364,7 @@ def test_training_text_stays_here(method, tmp_path, hub):
     rows = [np.array(row).tobytes() for blocks in learned for row in blocks["input_ids"]]
     assert rows and not [name for name, data in files.items() if any(row in data for row in rows)]
     here = {p.relative_to(tmp_path / "model").as_posix() for p in (tmp_path / "model").rglob("*") if p.is_file()}
-    memory = [kept.file_name, f"final/{kept.file_name}"] if method in ("replay", "agem", "gem") else []
+    memory = [kept.file_name, f"final/{kept.file_name}"] if method in ("anchor", "replay", "agem", "gem") else []
     assert sorted(here - set(files)) == sorted(memory)
     for name in memory:
         assert any(row in (tmp_path / "model" / name).read_bytes() for row in rows)

@@ -1,0 +1,98 @@
+"""Mixtures: documents of several sources within one domain, by weight."""
+
+from collections import Counter
+
+import pytest
+from datasets import IterableDataset
+
+from das_lm.data.domains import Domain, Part
+from das_lm.data.streaming import DocumentStream
+from das_lm.errors import UserError
+from das_lm.run.recipe_file import load_recipe
+from tests.helpers import run_recipe
+
+
+@pytest.fixture
+def files(tmp_path):
+    for name, count in (("a", 2000), ("b", 2000), ("c", 30)):
+        (tmp_path / f"{name}.txt").write_text("\n".join(f"{name} document number {n} of many" for n in range(count)))
+    (tmp_path / "d.jsonl").write_text("".join(f'{{"body": "d document number {n} of all"}}\n' for n in range(2000)))
+    return tmp_path
+
+
+def mixture(files, *parts, **options) -> Domain:
+    data = [{"path": f"{files}/{name}", "weight": weight, **more} for name, weight, more in parts]
+    return Domain("mixed", data, **options)
+
+
+def kinds(texts) -> Counter:
+    return Counter(text[0] for text in texts)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_documents_come_by_weight(files, streaming):
+    domain = mixture(files, ("a.txt", 0.7, {}), ("d.jsonl", 0.3, {"column": "body"}), streaming=streaming)
+    train = domain.load().train
+    texts = [row["text"] for row in train]
+    count = kinds(texts)
+    total = sum(count.values())
+    assert abs(count["a"] - 0.7 * total) < 4 * (total * 0.21) ** 0.5 and count["a"] > 1700
+    assert texts == [row["text"] for row in domain.load().train]  # every time in one order
+    assert len({text[0] for text in texts[:20]}) == 2  # mixed, not one after the other
+
+
+def test_it_ends_with_the_first_part_or_with_all(files):
+    parts = ("a.txt", 1.0, {}), ("c.txt", 1.0, {})
+    first, last = (
+        mixture(files, *parts, stopping_strategy=how).load() for how in ("first_exhausted", "all_exhausted")
+    )
+    assert kinds(row["text"] for row in first.train)["a"] < 100
+    repeated = kinds(row["text"] for row in last.train)
+    assert repeated["c"] > 1500 and 1500 < repeated["a"] <= 2000
+    assert not {row["text"] for row in last.train} & {row["text"] for row in last.held_out}  # however often it comes
+    assert any("repeated" in warning for warning in last.warnings)
+
+
+def test_a_stream_goes_on_where_it_stopped(files):
+    domain = mixture(files, ("a.txt", 0.7, {}), ("b.txt", 0.3, {}), streaming=True)
+    stream = domain.load().train
+    assert isinstance(stream, DocumentStream) and isinstance(stream.source, IterableDataset)
+    whole = [row["text"] for _, rows in stream.batches() for row in rows]
+    batches = stream.batches()
+    state, rows = next(batches)
+    seen = [row["text"] for row in rows]
+    rest = [row["text"] for _, rows in stream.batches(state) for row in rows]
+    assert seen + rest == whole or seen[: len(whole) - len(rest)] + rest == whole
+
+
+def test_in_a_recipe(files, world, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    entry = f"[{{path: {world}/bio.txt, weight: 0.7}}, {{path: {world}/cs.txt, weight: 0.3}}]"
+    path.write_text((world / "recipe.yaml").read_text().replace(f"data: {world}/bio.txt", f"data: {entry}"))
+    recipe = load_recipe(path)
+    assert recipe.domains[0].data == [Part(f"{world}/bio.txt", 0.7), Part(f"{world}/cs.txt", 0.3)]
+    path.write_text(recipe.to_yaml())
+    assert load_recipe(path) == recipe
+    assert run_recipe(tmp_path, tmp_path / "run", "--method", "naive") == 0
+
+
+@pytest.mark.parametrize(
+    ("data", "phrase"),
+    [
+        ([{"path": "a.txt"}, "b.txt"], "data: [1]: 'b.txt' stands among parts with a weight"),
+        ([{"path": "a.txt", "weight": 0}], "data: [0]: weight"),
+        ([{"path": "a.txt", "wieght": 1}], "unknown key 'wieght'"),
+        ([{"weight": 1}], "[0]: no path"),
+        ([{"path": ""}], "[0]: names no data"),
+        ([{"path": "built-in:nothing"}], "no built-in text named 'nothing'"),
+    ],
+)
+def test_bad_parts(data, phrase):
+    with pytest.raises(UserError) as raised:
+        Domain("mixed", data)
+    assert phrase in str(raised.value)
+
+
+def test_a_part_that_is_not_there(files):
+    with pytest.raises(UserError, match=r"no file matches .*nothing\.txt"):
+        mixture(files, ("a.txt", 1.0, {}), ("nothing.txt", 1.0, {})).load()

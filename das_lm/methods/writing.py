@@ -14,7 +14,7 @@ from safetensors import safe_open
 from tqdm.auto import tqdm
 
 from das_lm.data.masking import IGNORED
-from das_lm.data.packing import special_tokens, start_token
+from das_lm.data.packing import separator_of, special_tokens, start_token
 from das_lm.errors import UserError, as_user_error
 from das_lm.files import write_tensors
 from das_lm.methods.arguments import Count, MemoryArguments, knob
@@ -76,25 +76,32 @@ class Writer:
         model.train(was_training)
 
     def _sampled(self, rows: int) -> torch.Tensor:
-        """Token ids, shape [rows, max_length], each drawn from what stands before it; a text may end, and another
-        begin, as in the packed blocks of training."""
-        args, tokenizer = self.trainer.args, self.trainer.processing_class
+        """
+        Token ids, shape [rows, max_length], each drawn from what stands before it; a text may end, and another begin,
+        as in the packed blocks of training. Where these are read as separate documents (`separate_documents`), the
+        second token of a new text is the first that sees nothing of the text before.
+        """
+        args, tokenizer, separator = self.trainer.args, self.trainer.processing_class, self.trainer.criterion.separator
         prefix, _ = special_tokens(tokenizer)
         before, of_chats = chat_opening(tokenizer)
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         ids = torch.tensor([before or prefix or [start_token(tokenizer)]], device=args.device).repeat(rows, 1)
         first = 0 if before or prefix else 1  # what a block does not begin with
-        forbidden = sorted(set(tokenizer.all_special_ids) - {tokenizer.eos_token_id, *of_chats})
-        newest, past = ids, None
+        forbidden = sorted(set(tokenizer.all_special_ids) - {separator_of(tokenizer), *of_chats})
+        newest, past, seen = ids, None, torch.ones_like(ids)
+        place = torch.arange(ids.shape[1], device=args.device).repeat(rows, 1)
         while ids.shape[1] < args.max_length + first:
+            inputs = {"input_ids": newest, "attention_mask": seen, "position_ids": place}
             with self.trainer.accelerator.autocast():
-                seen = {"attention_mask": torch.ones_like(ids), "past_key_values": past, "use_cache": True}
-                output = model(input_ids=newest, **seen)
+                output = model(**inputs, past_key_values=past, use_cache=True)
             logits, past = output.logits[:, -1].float(), output.past_key_values
             logits[:, forbidden] = -torch.inf
             logits[:, len(tokenizer) :] = -torch.inf
+            begins = newest[:, -1:] == (-1 if separator is None else separator)
             newest = torch.multinomial(logits.softmax(-1), 1)
             ids = torch.cat([ids, newest], dim=1)
+            seen = torch.cat([seen.masked_fill(begins, 0), torch.ones_like(newest)], dim=1)
+            place = torch.where(begins, 0, place[:, -1:] + 1)
         return ids[:, first : first + args.max_length]
 
     def _gibbs(self, rows: int) -> torch.Tensor:

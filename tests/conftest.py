@@ -14,6 +14,24 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.helpers import WORDS, build_tokenizer, run_recipe, save_model, tiny_roberta
 
+#: Files that take longest come first, so that no process waits for another in the end.
+LONGEST = (
+    "end_to_end/test_command_line.py",
+    "distributed/test_fsdp.py",
+    "distributed",
+    "end_to_end",
+    "methods",
+    "fuzz",
+)
+
+
+def pytest_collection_modifyitems(items):
+    def place(item) -> int:
+        path = item.path.as_posix()
+        return next((number for number, part in enumerate(LONGEST) if f"tests/{part}" in path), len(LONGEST))
+
+    items.sort(key=place)
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():

@@ -87,7 +87,7 @@ class Writer:
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         ids = torch.tensor([before or prefix or [start_token(tokenizer)]], device=args.device).repeat(rows, 1)
         first = 0 if before or prefix else 1  # what a block does not begin with
-        forbidden = sorted(set(tokenizer.all_special_ids) - {separator_of(tokenizer), *of_chats})
+        forbidden = sorted(set(tokenizer.all_special_ids) - {separator_of(tokenizer), *prefix, *of_chats})
         newest, past, seen = ids, None, torch.ones_like(ids)
         place = torch.arange(ids.shape[1], device=args.device).repeat(rows, 1)
         while ids.shape[1] < args.max_length + first:

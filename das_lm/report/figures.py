@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter, PercentFormatter
 
 from das_lm.measure.intervals import Estimate
 from das_lm.measure.results import LOWER_IS_BETTER, MEASURES, PROBES, Results
@@ -32,7 +32,7 @@ def draw(results: Results) -> list[Drawing]:
     if all("step" in stage for stage in trained) and trained:
         drawings.append(held_out_curves(results))
         if any("history" in stage for stage in trained):
-            drawings += loss_parts(results)
+            drawings += [*loss_parts(results), *budget(results)]
     if any("curve" in stage for stage in trained):
         drawings.append(task_curves(results))
     if any("predictions" in stage for stage in trained):
@@ -275,6 +275,37 @@ def loss_parts(results: Results) -> list[Drawing]:
         "In nats, mean over the steps since the entry before. What is minimised is the total, the sum of its parts."
     )
     return [Drawing("loss-parts", "Training loss and its parts", caption, figure, {"": table})]
+
+
+def budget(results: Results) -> list[Drawing]:
+    """λ and the divergence of every past that has a bound, over training; none where there is no bound."""
+    ends, lines, table = _ends(results), {}, [["step", "stage", "past", "λ", "divergence", "bound"]]
+    for start, stage in zip(ends[:-1], results.stages[1:], strict=True):
+        for past, bound in stage.get("drift_budget", {}).items():
+            for entry in stage.get("history", ()):
+                if f"budget_{past}_weight" in entry:
+                    point = (start + entry["step"], entry[f"budget_{past}_weight"], entry[f"budget_{past}_divergence"])
+                    lines.setdefault(past, []).append((*point, bound))
+                    table.append([f"{point[0]:,}", stage["name"], past, *(f"{x:.4g}" for x in (*point[1:], bound))])
+    if not lines:
+        return []
+    figure, (weights, divergences) = _curve_axes(results, ends, "optimizer step", panels=2)
+    for number, (past, points) in enumerate(lines.items()):
+        (colour, dashes), at = STYLES[number % len(STYLES)], np.array(points)
+        weights.plot(*at[:, [0, 1]].T, color=colour, linestyle=dashes, linewidth=1.4, label=short(past))
+        divergences.plot(*at[:, [0, 2]].T, color=colour, linestyle=dashes, linewidth=1.4)
+        divergences.step(*at[:, [0, 3]].T, color=INK, linewidth=0.8, where="mid")
+    weights.set_yscale("log")
+    for ticks in (weights.yaxis.set_major_formatter, weights.yaxis.set_minor_formatter):
+        ticks(StrMethodFormatter("{x:g}"))
+    weights.set_title("λ", loc="left", fontsize=9, pad=14)
+    divergences.set_title("divergence on remembered rows, and its bound (thin)", loc="left", fontsize=9, pad=6)
+    _legend(figure, weights)
+    caption = (
+        "How strongly each past is held on to, λ, and the running mean of its divergence in nats per predicted token. "
+        "The bound belongs to the end of a stage: while the learning rate is high, the divergence may be higher."
+    )
+    return [Drawing("drift-budget", "The drift budget", caption, figure, {"": table})]
 
 
 def _part(key: str) -> str:

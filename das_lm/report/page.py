@@ -237,6 +237,9 @@ def _words(results: Results) -> list[str]:
     words = [
         f"{_sentence(description)}{learned}. Before the first and after every stage, {scored} of {of} was measured."
     ]
+    if stages and (remembered := results.stages[-1].get("remembered")):
+        rows = [f"{count:,} rows of {name}" for name, count in remembered.items()]
+        words.append(f"What it knew before is stood for by {_listing(rows)} ('self' is text that the model wrote).")
     if stages and "mean_importance" in results.stages[-1]:
         kinds = [f"{mean:.0%} for {KINDS.get(k, k)}" for k, mean in results.stages[-1]["mean_importance"].items()]
         words.append(
@@ -291,6 +294,7 @@ def _findings(results: Results) -> list[str]:
             else:
                 text += f"; at the end it is {at[last]}: nothing was lost, it got {size} better."
             found.append(text)
+    found += list(_budget_findings(results))
     for one in (measure, *(probe for probe in PROBES if probe in results.measures)):
         for figure, words in _FIGURE_WORDS.items():
             value, ends = results.summary()[one][figure], results.intervals.get(one, {}).get(figure)
@@ -298,6 +302,24 @@ def _findings(results: Results) -> list[str]:
                 what = words.format(MEASURES[one][0])
                 found.append(f"{what}: {change(value, one)}{_verdict(figure, ends, one)}.")
     return found
+
+
+def _budget_findings(results: Results) -> Iterator[str]:
+    """Whether the budget of the newest stage holds, past by past."""
+    stage = results.stages[-1]
+    for past, bound in stage.get("drift_budget", {}).items():
+        mean, low, high = stage["divergence"][past]
+        verdict = "holds" if mean <= bound else "holds within its interval" if low <= bound else "is exceeded"
+        yield (
+            f"The drift budget of {bound:.3g} nats for {past} {verdict}: {mean:.3g} on remembered text that was never "
+            f"trained on, 95 % interval {low:.3g} to {high:.3g}."
+        )
+    if stage.get("drift_budget") and stage["landed_at"] < 1:
+        yield (
+            f"To keep it, the weights went back to {stage['landed_at']:.0%} of the way that training had gone."
+            if stage["landed_at"]
+            else "It could not be kept: the weights are those before the stage, which has learned nothing."
+        )
 
 
 _FIGURE_WORDS = {

@@ -68,7 +68,7 @@ def history(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for key, value in entry.items():
             if match := re.fullmatch(r"eval_(.+)_loss", key):
                 row.setdefault("held_out", {})[match[1]] = value
-            elif key in ("loss", "learning_rate", "grad_norm") or key.startswith("loss_"):
+            elif key in ("loss", "learning_rate", "grad_norm") or key.startswith(("loss_", "budget_")):
                 row[key] = value
     return [row for _, row in sorted(steps.items()) if len(row) > 1]
 

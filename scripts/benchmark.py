@@ -57,6 +57,8 @@ CONFIGURATIONS = {
     "soft masks only": {"contrast_weight": 0.0},
     "DAS": {},
     "DAS, no gradient through the prior view": {"contrast_prior_gradient": False},
+    "anchor, a copy as teacher": {"method": "anchor", "anchor_teacher": "copy"},
+    "anchor, cached targets": {"method": "anchor", "anchor_teacher": "cached"},
 }
 CAUSAL_CONFIGURATIONS = {
     "soft masks only, loss in chunks": {"contrast_weight": 0.0, "chunked_cross_entropy": True},
@@ -178,12 +180,21 @@ def main() -> None:
             arguments = PlainArguments(**common)
             return Trainer(model, arguments, train_dataset=blocks, data_collator=PaddingCollator(tokenizer))
 
-        def das(**changes) -> DASTrainer:
+        def das(method: str = "das", **changes) -> DASTrainer:
+            remember = blocks.domains["bench"].select(range(options.batch_size)) if method == "anchor" else None
             arguments = DASConfig(
                 **common, max_length=options.length, importance_samples=options.batch_size * 4, **changes
             )
-            trainer = DASTrainer(model, arguments, train_dataset=blocks, processing_class=tokenizer)
-            trainer.add_callback(Untouched(trainer))
+            trainer = DASTrainer(
+                model,
+                arguments,
+                train_dataset=blocks,
+                processing_class=tokenizer,
+                method=method,
+                remember=remember,
+            )
+            if method == "das":
+                trainer.add_callback(Untouched(trainer))
             return trainer
 
         makers = {"plain Trainer": plain, **{name: (lambda c=c: das(**c)) for name, c in configurations.items()}}

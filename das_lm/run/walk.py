@@ -18,7 +18,8 @@ from rich.markup import escape
 from safetensors import SafetensorError
 
 from das_lm.data.blocks import TrainingBlocks
-from das_lm.data.domains import is_self
+from das_lm.data.built_in import MODELS
+from das_lm.data.domains import data_kind, is_self
 from das_lm.data.masking import labeling
 from das_lm.data.streaming import TrainingStream
 from das_lm.errors import UserError, one_line
@@ -175,6 +176,21 @@ class Walk:
         given = itertools.chain(self.recipe.training, *(domain.training for domain in self.recipe.domains))
         if unread := unread_options(given, self.recipe.method):
             self.warn("training", f"read by no chosen method ({', '.join(self.recipe.method)}): {', '.join(unread)}")
+        self._warn_of_what_is_remembered()
+
+    def _warn_of_what_is_remembered(self) -> None:
+        recipe, kinds = self.recipe, [METHODS[name] for name in self.recipe.method]
+        uses = any(kind.consolidates_base or kind.draws_remembered for kind in kinds)
+        if recipe.remember and not uses and recipe.training.get("importance") != "remembered":
+            self.warn("remember", f"no chosen method ({', '.join(recipe.method)}) uses what is remembered")
+        foreign = [one.name for one in recipe.remember if data_kind(one.data) == "built-in"]
+        if uses and foreign and recipe.model_name_or_path not in MODELS:
+            self.warn(
+                "remember",
+                f"'{foreign[0]}' is built-in text, which stands for what the built-in models know, not for what "
+                f"{recipe.model_name_or_path} does",
+                "; write --remember self, or text of yours",
+            )
 
     def measure_base(self) -> None:
         """

@@ -54,7 +54,10 @@ OPTIONS = RECIPE_OPTIONS | {
     "print_recipe": option("Print the recipe with all that is given here, and stop.", bool),
 }
 #: Files of `das_lm.methods` that methods share.
-SHARED = ("__init__", "arguments", "base", "memory", "penalty", "per_example", "teacher", "writing")
+SHARED = (
+    *("__init__", "arguments", "base", "budget", "memory", "penalty", "per_example", "remembered", "targets"),
+    *("teacher", "writing"),
+)
 
 
 def pretrain(arguments: list[str]) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator
 from pydantic.dataclasses import dataclass
 
+from das_lm.data.mixtures import Part, interleaved, parts_of
 from das_lm.data.readers import (
     missing_column,
     not_text,
@@ -69,26 +70,6 @@ class Documents:
         held_out = self.held_out if len(self.held_out) else None
         parts = {"training": self.train if self.has_length else None, "held-out": held_out}
         return {name: text_fingerprint(part) for name, part in parts.items() if part is not None}
-
-
-@in_plain_words
-@dataclass(config=ConfigDict(extra="forbid"))
-class Part:
-    """
-    A part of a mixture.
-
-    Args:
-        path: A path or glob, or a list of them; `"hub:ORGANISATION/NAME"`; or `"built-in:NAME"`.
-        weight: How often a document of it comes, beside the other parts.
-        column: Column that holds the text, if it is another than the domain's.
-
-    Raises:
-        UserError: A wrong key, type or combination.
-    """
-
-    path: str | list[str]
-    weight: float = Field(default=1.0, gt=0, le=1e6)
-    column: str | None = None
 
 
 @in_plain_words
@@ -155,24 +136,7 @@ class Domain:
     @field_validator("data", mode="before")
     @classmethod
     def _take_parts(cls, data: Any) -> Any:
-        """The entries of a mixture, each with its own message if it is none."""
-        if not isinstance(data, list) or not any(isinstance(entry, dict | Part) for entry in data):
-            return data
-        parts = []
-        for index, entry in enumerate(data):
-            if isinstance(entry, str):
-                raise ValueError(f"[{index}]: '{entry}' stands among parts with a weight; write {{path: '{entry}'}}")
-            if isinstance(entry, dict):
-                unknown = [str(key) for key in entry if key not in ("path", "weight", "column")]
-                if unknown or "path" not in entry:
-                    what = f"unknown key '{unknown[0]}'" if unknown else "no path"
-                    raise ValueError(f"[{index}]: {what}; a part has path, weight and column")
-                try:
-                    entry = Part(**entry)
-                except UserError as error:
-                    raise ValueError(f"[{index}]: {str(error).removeprefix('Part: ')}") from None
-            parts.append(entry)
-        return parts
+        return parts_of(data)
 
     @field_validator("data")
     @classmethod
@@ -324,7 +288,7 @@ class Domain:
         if data_kind(self.data) != "mixture":
             return self._usable(self._read(self.data, self.split, self.max_documents), "", warnings)
         parts = [self._usable(one._read(one.data, one.split, None), "", warnings) for one in self._parts()]
-        documents = self._interleaved(parts)
+        documents = interleaved(parts, self.data, self.stopping_strategy)
         return documents.select(range(min(self.max_documents or len(documents), len(documents))))
 
     def _parts(self) -> list[Domain]:
@@ -333,14 +297,6 @@ class Domain:
             dataclasses.replace(self, data=part.path, column=part.column or self.column, held_out=0.1)
             for part in self.data
         ]
-
-    def _interleaved(self, parts: list[Any]) -> Any:
-        """Data sets mixed at random by the weights of the parts; the same on every machine."""
-        import datasets
-
-        total = sum(part.weight for part in self.data)
-        chances = [part.weight / total for part in self.data]
-        return datasets.interleave_datasets(parts, chances, seed=0, stopping_strategy=self.stopping_strategy)
 
     def _load_stream(self, held_out: Dataset | None, measure_only: bool, warnings: list[str]) -> Documents:
         """The documents as a stream. What is held out is read from its beginning: the first `MAX_HELD_OUT` whose hash
@@ -396,7 +352,7 @@ class Domain:
             renamed = [
                 one if column == self.column else one.rename_column(column, self.column) for one, column in parts
             ]
-            return self._interleaved(renamed)
+            return interleaved(renamed, self.data, self.stopping_strategy)
         if data_kind(self.data) == "hub":
             return self._open_hub(self.data.removeprefix("hub:"), self.split)
         return stream_files([self.data] if isinstance(self.data, str) else self.data, self.column, self.name)
@@ -485,88 +441,6 @@ class Domain:
 
     def _count(self, number: int, outcome: str, what: str = "") -> str:
         return f"domain '{self.name}': {number:,} {what}document{'s' * (number != 1)} {outcome}"
-
-
-@in_plain_words
-@dataclass(config=ConfigDict(extra="forbid"))
-class RememberedText(Domain):
-    """
-    Text that stands for what a model knew before its first domain: an entry of `remember` in a recipe, with the keys
-    of a [`Domain`]. What is held out of a domain is not held out of it.
-
-    Args:
-        data: as for a domain; or `"self"`, text that the model writes itself before the first domain, or
-            `"self:PATH"`, such text that `das-lm self-text` has written to a file. In a recipe `- self: 4096` and
-            `- self: PATH` stand for these.
-        weight: How often it is drawn, beside the other entries.
-        rows: How many rows of `max_length` tokens the model writes; `memory_size` if unset.
-        budget: How far the model may drift from what it said of this text, nats per predicted token, in place of
-            `drift_budget`.
-
-    Raises:
-        UserError: A wrong key, type or combination.
-    """
-
-    max_documents: int | None = Field(default=None, validate_default=True)
-    weight: float = Field(default=1.0, ge=0, le=1e6)
-    rows: int | None = Field(default=None, ge=1)
-    budget: float | None = Field(default=None, ge=1e-6)
-
-    @field_validator("data")
-    @classmethod
-    def _check_data(cls, data: str | list[str], info: ValidationInfo) -> str | list[str]:
-        return data if is_self(data) else super()._check_data(data, info)
-
-    @field_validator("streaming")
-    @classmethod
-    def _check_streaming(cls, streaming: bool, info: ValidationInfo) -> bool:
-        if streaming and is_self(info.data.get("data", "")):
-            raise ValueError("is for text that is read; the model writes this, leave it out")
-        return super()._check_streaming(streaming, info)
-
-    @field_validator("max_documents")
-    @classmethod
-    def _check_end(cls, value: int | None, info: ValidationInfo) -> int | None:
-        if value is None and info.data.get("streaming"):
-            raise ValueError("how much of a stream is remembered? Write max_documents, such as 1000")
-        return value
-
-    @field_validator("training")
-    @classmethod
-    def _check_no_training(cls, training: dict[str, Any]) -> dict[str, Any]:
-        if training:
-            raise ValueError("is for domains that are learned; leave it out")
-        return training
-
-    @field_validator("rows")
-    @classmethod
-    def _check_rows(cls, rows: int | None, info: ValidationInfo) -> int | None:
-        if rows is not None and info.data.get("data") != "self":
-            raise ValueError("is for text that the model writes; leave it out, or write max_documents")
-        return rows
-
-    @classmethod
-    def expanded(cls, entry: Any) -> Any:
-        """What `self`, `{self: 4096}` and `{self: PATH}` stand for; another entry as it is."""
-        if entry == "self":
-            entry = {"self": None}
-        if not isinstance(entry, dict) or "self" not in entry:
-            return entry
-        what = entry["self"]
-        given = {"data": f"self:{what}"} if isinstance(what, str) else {"data": "self", "rows": what}
-        return {"name": "self", **given, **{key: value for key, value in entry.items() if key != "self"}}
-
-
-def paths_of(data: Any) -> list[Any]:
-    """The entries of `data` or `held_out`: paths, and what stands for a data set; those of a mixture part by part."""
-    if data_kind(data) == "mixture":
-        return [path for part in data for path in paths_of(part.path)]
-    return data if isinstance(data, list) else [data.removeprefix("self:") if is_self(data) else data]
-
-
-def is_self(data: str | list[str]) -> bool:
-    """Whether `data` stands for text that a model writes, or wrote."""
-    return isinstance(data, str) and (data == "self" or data.startswith("self:"))
 
 
 def text_fingerprint(documents: Dataset) -> str:

@@ -27,7 +27,7 @@ from das_lm.report.compare import compare
 from das_lm.report.drawing import Drawing, Rows, Strong, drawing_style
 from das_lm.report.figures import KINDS, draw, frontier
 from das_lm.report.runs import find_runs, is_finished
-from das_lm.report.words import between, change, score
+from das_lm.report.words import between, budget_findings, change, score
 from das_lm.terminal import Console, printable
 
 SEVERAL_NAME = "report"  # where the page of several runs goes
@@ -294,7 +294,7 @@ def _findings(results: Results) -> list[str]:
             else:
                 text += f"; at the end it is {at[last]}: nothing was lost, it got {size} better."
             found.append(text)
-    found += list(_budget_findings(results))
+    found += list(budget_findings(results))
     for one in (measure, *(probe for probe in PROBES if probe in results.measures)):
         for figure, words in _FIGURE_WORDS.items():
             value, ends = results.summary()[one][figure], results.intervals.get(one, {}).get(figure)
@@ -302,24 +302,6 @@ def _findings(results: Results) -> list[str]:
                 what = words.format(MEASURES[one][0])
                 found.append(f"{what}: {change(value, one)}{_verdict(figure, ends, one)}.")
     return found
-
-
-def _budget_findings(results: Results) -> Iterator[str]:
-    """Whether the budget of the newest stage holds, past by past."""
-    stage = results.stages[-1]
-    for past, bound in stage.get("drift_budget", {}).items():
-        mean, low, high = stage["divergence"][past]
-        verdict = "holds" if mean <= bound else "holds within its interval" if low <= bound else "is exceeded"
-        yield (
-            f"The drift budget of {bound:.3g} nats for {past} {verdict}: {mean:.3g} on remembered text that was never "
-            f"trained on, 95 % interval {low:.3g} to {high:.3g}."
-        )
-    if stage.get("drift_budget") and stage["landed_at"] < 1:
-        yield (
-            f"To keep it, the weights went back to {stage['landed_at']:.0%} of the way that training had gone."
-            if stage["landed_at"]
-            else "It could not be kept: the weights are those before the stage, which has learned nothing."
-        )
 
 
 _FIGURE_WORDS = {

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-from das_lm.measure.results import MEASURES
-
-if TYPE_CHECKING:
-    pass
+from das_lm.measure.results import MEASURES, Results
 
 
 def score(value: float, measure: str) -> str:
@@ -32,3 +29,21 @@ def short(name: str, length: int = 22) -> str:
     """A name as it fits into a figure."""
     name = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in name)
     return name if len(name) <= length else f"{name[: length - 1]}…"
+
+
+def budget_findings(results: Results) -> Iterator[str]:
+    """Whether the budget of the newest stage holds, past by past."""
+    stage = results.stages[-1]
+    for past, bound in stage.get("drift_budget", {}).items():
+        mean, low, high = stage["divergence"][past]
+        verdict = "holds" if mean <= bound else "holds within its interval" if low <= bound else "is exceeded"
+        yield (
+            f"The drift budget of {bound:.3g} nats for {past} {verdict}: {mean:.3g} on remembered text that was never "
+            f"trained on, 95 % interval {low:.3g} to {high:.3g}."
+        )
+    if stage.get("drift_budget") and stage["landed_at"] < 1:
+        yield (
+            f"To keep it, the weights went back to {stage['landed_at']:.0%} of the way that training had gone."
+            if stage["landed_at"]
+            else "It could not be kept: the weights are those before the stage, which has learned nothing."
+        )

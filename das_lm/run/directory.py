@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from transformers import TrainingArguments
 
-from das_lm.data.domains import paths_of
+from das_lm.data.remembered_text import paths_of
 from das_lm.errors import UserError
 from das_lm.files import (
     MANIFEST,

@@ -10,7 +10,8 @@ import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationInfo, field_validator
 from pydantic.dataclasses import dataclass
 
-from das_lm.data.domains import Domain, RememberedText, is_self
+from das_lm.data.domains import Domain
+from das_lm.data.remembered_text import RememberedText, is_self
 from das_lm.errors import UserError, did_you_mean
 from das_lm.plain_words import in_plain_words, key_path
 from das_lm.run.arguments import check_peft, check_training

@@ -19,8 +19,9 @@ from safetensors import SafetensorError
 
 from das_lm.data.blocks import TrainingBlocks
 from das_lm.data.built_in import MODELS
-from das_lm.data.domains import data_kind, is_self
+from das_lm.data.domains import data_kind
 from das_lm.data.masking import labeling
+from das_lm.data.remembered_text import is_self
 from das_lm.data.streaming import TrainingStream
 from das_lm.errors import UserError, one_line
 from das_lm.files import copy_whole, is_about_disk, newest_checkpoint, partial_path, seal, write_text
@@ -58,7 +59,8 @@ from das_lm.training.resuming import check_length, check_order
 from das_lm.training.trainer import ContinualTrainer
 
 if TYPE_CHECKING:
-    from das_lm.data.domains import Domain, RememberedText
+    from das_lm.data.domains import Domain
+    from das_lm.data.remembered_text import RememberedText
     from das_lm.measure.held_out import HeldOut
     from das_lm.run.recipe import Recipe
     from das_lm.training.config import ContinualConfig

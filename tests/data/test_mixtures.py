@@ -5,7 +5,8 @@ from collections import Counter
 import pytest
 from datasets import IterableDataset
 
-from das_lm.data.domains import Domain, Part
+from das_lm.data.domains import Domain
+from das_lm.data.mixtures import Part
 from das_lm.data.streaming import DocumentStream
 from das_lm.errors import UserError
 from das_lm.run.recipe_file import load_recipe

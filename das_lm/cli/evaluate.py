@@ -48,7 +48,7 @@ OPTIONS = {
     ),
     "max_drift": option(
         "How much the loss on held-out text may rise from the base model, nats per token; where it has risen more, "
-        "beyond its 95 % interval, the status is 3.",
+        "beyond its 95 %% interval, the status is 3.",
         list[str],
         action="extend",
         metavar="NAME=NATS",

@@ -110,7 +110,7 @@ def without_effect(methods: Iterable[Method]) -> str | None:
         for one in methods
         if one.needs_domain_ends
         and not (one.protects_base or one.state_dict())
-        and not (one.trainer.remembered and (one.consolidates_base or one.draws_remembered))
+        and not (_has_past(one) and (one.consolidates_base or one.draws_remembered))
     ]
     if not idle:
         return None
@@ -119,6 +119,11 @@ def without_effect(methods: Iterable[Method]) -> str | None:
         f"{', '.join(one.name for one in idle)}: no effect, for nothing was learned before that it could hold on to; "
         f"give it something with remember. Methods that protect the base model without: {', '.join(protecting)}"
     )
+
+
+def _has_past(method: Method) -> bool:
+    remembered = method.trainer.remembered
+    return remembered is not None and remembered.for_all
 
 
 def unread_options(given: Iterable[str], methods: Iterable[str]) -> list[str]:

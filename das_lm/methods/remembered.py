@@ -48,6 +48,7 @@ class Remembered(Method):
 
     Args:
         sources: by name.
+        for_all: whether it serves all methods, or, since nobody asked for it, only those that cannot do without.
     """
 
     #: Before all methods, which find it in place.
@@ -55,8 +56,8 @@ class Remembered(Method):
     name = "remember"
     arguments = WritingArguments
 
-    def __init__(self, sources: Mapping[str, Source]):
-        self.sources = dict(sources)
+    def __init__(self, sources: Mapping[str, Source], for_all: bool = True):
+        self.sources, self.for_all = dict(sources), for_all
         self._has_begun = False
 
     @property
@@ -71,7 +72,7 @@ class Remembered(Method):
             if source.rows is None:
                 source.rows = Writer(self.trainer).rows(source.write, name)
         fresh = [one for one in self.trainer.methods if one.consolidates_base and not one.state_dict()]
-        if fresh:
+        if fresh and self.for_all:
             with self.trainer.reading({"remembered": self.as_domain()}):
                 for one in fresh:
                     one.begin_domain()

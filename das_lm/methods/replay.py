@@ -54,12 +54,13 @@ class Replay(Method):
 
     def begin_domain(self) -> None:
         """What is remembered and the memory share the replayed rows, half and half if there are both."""
-        past = self.trainer.remembered if self.draws_remembered else None
-        sources = {f"{type(self).__name__} {name}": one for name, one in past.sources.items()} if past else {}
+        past, own = self.trainer.remembered, type(self).__name__
+        uses = self.draws_remembered and past is not None and past.for_all
+        sources = {f"{own} {name}": one for name, one in past.sources.items()} if uses else {}
         memories = {name: (one.rows, one.weight) for name, one in sources.items() if one.weight}
         if self.mixes and len(self.memory):
             total = sum(weight for _, weight in memories.values()) or 1.0
-            memories[type(self).__name__] = (self.memory, total)
+            memories[own] = (self.memory, total)
         total = sum(weight for _, weight in memories.values())
         for name, (rows, weight) in memories.items():
             self.trainer.train_dataset.replay(name, rows, self.args.replay_ratio * weight / total)

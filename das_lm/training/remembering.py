@@ -35,6 +35,7 @@ def remembered_by(
     Raises:
         UserError: it is none of what it may be, or a module is to write text.
     """
+    for_all = True
     if remember is None:
         earlier = [one.trainer.remembered for one in methods if getattr(one, "trainer", None)]
         if found := [one for one in earlier if one is not None]:
@@ -43,7 +44,7 @@ def remembered_by(
             return None  # for a module, the method itself refuses
         names = ", ".join(one.name for one in methods if one.needs_remembered)
         logger.info("%s: nothing is given to remember: the model writes it (remember='self')", names)
-        remember = "self"
+        remember, for_all = "self", False
     if isinstance(remember, Remembered):
         return remember
     if not isinstance(remember, Mapping) or isinstance(remember, DatasetDict):
@@ -60,7 +61,7 @@ def remembered_by(
         sources[name].weight, sources[name].budget = float(weight), budget
     if not sum(source.weight for source in sources.values()):
         raise UserError("remember: no source has a weight above 0; leave remember out, or name text")
-    return Remembered(sources)
+    return Remembered(sources, for_all)
 
 
 def _source(name: str, data: Any, inputs: Rows | Text, args: ContinualConfig) -> Source:

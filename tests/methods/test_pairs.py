@@ -14,7 +14,9 @@ from tests.helpers import build_tokenizer, random_blocks, tiny_roberta
 
 NAMES = sorted(METHODS.keys() - {"naive", "joint"})  # these do nothing of their own
 PENALTIES = [name for name in NAMES if issubclass(METHODS[name], Penalty)]
-REFUSED = {("agem", "gem")} | {tuple(sorted(("ncl", one))) for one in ("das", "spg", "agem", "gem", *PENALTIES)}
+REFUSED = {("agem", "gem")} | {
+    tuple(sorted(("ncl", one))) for one in ("das", "spg", "agem", "gem", "pull_back", *PENALTIES)
+}
 OPTIONS = {
     "max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "max_length": 8, "importance_samples": 4,
     "memory_size": 8, "replay_ratio": 0.4, "penalty_weight": 10.0, "scp_projections": 2, "rwalk_interval": 2,

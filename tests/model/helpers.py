@@ -34,6 +34,7 @@ ADAPTED_METHODS = [
     "anchor",
     "das",
     "ema",
+    "gate",
     "gem",
     "interpolate",
     "joint",

@@ -122,7 +122,7 @@ def test_a_run_in_which_a_method_or_an_option_does_nothing_says_so(world, tmp_pa
     (unread,), (idle,) = warnings["training"], warnings["bio"][-1:]
     assert unread == "read by no chosen method (ewc, ema): replay_ratio"
     assert idle.startswith("ewc: no effect") and idle.endswith(
-        "base model: anchor, das, ema, interpolate, lwf, ncl, self_replay"
+        "without: anchor, das, ema, gate, interpolate, lwf, ncl, pull_back, self_replay"
     )
     printed = capsys.readouterr().out
     assert printed.count(f"warning: {unread}\n") == printed.count(f"warning: {idle}\n") == 1

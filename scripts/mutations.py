@@ -127,8 +127,8 @@ MUTATIONS = {
     ),
     "interpolate: old and new exchanged": Mutation(
         "methods/interpolate.py",
-        "torch.lerp(self.old[name], new[name], share)",
-        "torch.lerp(new[name], self.old[name], share)",
+        "torch.lerp(old[name], new[name], 1.0",
+        "torch.lerp(new[name], old[name], 1.0",
         "methods/test_replay.py",
     ),
     "lwf: no temperature": Mutation(
@@ -138,10 +138,40 @@ MUTATIONS = {
         "methods/test_replay.py",
     ),
     "anchor: the divergence the other way round": Mutation(
-        "methods/anchor.py",
-        "F.kl_div(ours, taught,",
-        "F.kl_div(taught, ours,",
+        "methods/targets.py",
+        "F.kl_div(ours, theirs,",
+        "F.kl_div(theirs, ours,",
         "methods/test_anchor.py",
+    ),
+    "anchor: cached tokens without their mean": Mutation(
+        "methods/targets.py",
+        "logits.gather(1, tokens).mean(1)",
+        "logits.gather(1, tokens).amax(1)",
+        "methods/test_anchor.py",
+    ),
+    "budget: λ falls where it should rise": Mutation(
+        "methods/budget.py",
+        "self.weight * math.exp(change)",
+        "self.weight * math.exp(-change)",
+        "methods/test_budget.py",
+    ),
+    "budget: the landing looks at one half of the way alone": Mutation(
+        "methods/budget.py",
+        "low, high = (alpha, high) if",
+        "low, high = (low, alpha) if",
+        "methods/test_budget.py",
+    ),
+    "remember: weights of sources are not heeded": Mutation(
+        "methods/remembered.py",
+        "np.cumsum(weights / weights.sum())",
+        "np.cumsum(np.ones_like(weights) / len(weights))",
+        "methods/test_remembered.py",
+    ),
+    "written text: a new document sees the old one": Mutation(
+        "methods/writing.py",
+        "seen.masked_fill(begins, 0)",
+        "seen.masked_fill(begins, 1)",
+        "methods/test_writing.py",
     ),
     "anchor: the domain's loss is of the remembered rows too": Mutation(
         "training/trainer.py",

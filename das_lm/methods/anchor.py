@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from annotated_types import Interval
 from torch import nn
+from torch.utils.data import Subset
 
 from das_lm.data.blocks import TrainingBlocks
 from das_lm.data.collating import PaddingCollator
@@ -21,10 +22,11 @@ from das_lm.methods.arguments import Batches, Count, NotNegative, knob
 from das_lm.methods.base import Engine, Method, Tensors
 from das_lm.methods.budget import Budget
 from das_lm.methods.memory import Reservoir, check_tokens
-from das_lm.methods.remembered import Drawing, apart
+from das_lm.methods.remembered import Drawing, Source, apart
 from das_lm.methods.targets import (
     CachedTargets,
     RowsAsMasked,
+    digest_of,
     divergence_from_draws,
     divergence_from_teacher,
     selected,
@@ -32,6 +34,7 @@ from das_lm.methods.targets import (
 from das_lm.methods.teacher import AdapterOff, Teacher
 from das_lm.methods.writing import Writer, WritingArguments
 from das_lm.model.objective import Output
+from das_lm.randomness import permutation
 
 
 @dataclass
@@ -73,7 +76,7 @@ class Anchor(Method):
     domain. The mean is over as many predictions as are expected, `anchor_share` × the domain's.
 
     Memory: `memory_size` rows of every finished domain, with `anchor_draws` tokens for each of their predictions, and
-    of the base model a copy ('copy') or such tokens too ('cached').
+    of the base model a copy ('copy'), or such tokens of at most `memory_size` rows of each given text ('cached').
     """
 
     #: Before `das`, whose gates then know how many rows there are.
@@ -125,11 +128,13 @@ class Anchor(Method):
             self.teacher = Teacher(trainer)
         elif kind == "adapter" and not self.finished:
             self.teacher = AdapterOff(trainer)
-        if kind != "copy":
-            for name, source in self.base.items():
-                self._take_targets(name, source.rows)
-        total = sum(source.weight for source in self.base.values())
-        base = {name: (source.rows, source.weight / total) for name, source in self.base.items()}
+        total, base = sum(source.weight for source in self.base.values()), {}
+        for name, source in self.base.items():
+            rows = source.rows if kind == "copy" else self._few(source)
+            if kind != "copy":
+                self._take_targets(name, rows)
+            base[name] = (rows, source.weight / total)
+        self._budget.controllers = {}  # those of a domain before
         self.pasts = base | {name: (rows, 1.0) for name, rows in self.finished.items()}
         self._noted: dict[str, list[float]] = {}
         self._draw = Drawing(self.pasts, args.seed)
@@ -143,8 +148,21 @@ class Anchor(Method):
     def _as_masked(self, name: str, rows: Any) -> RowsAsMasked:
         return RowsAsMasked(name, rows, self.trainer, self._blocks, self._collator)
 
+    def _few(self, source: Source) -> Any:
+        """The rows of a source whose targets are cached: of given text `memory_size` at most, the same every time."""
+        count, most = len(source.rows), self.args.memory_size
+        if source.is_written or count <= most:
+            return source.rows
+        return Subset(source.rows, permutation(count, self.args.seed, "anchor")[:most].tolist())
+
     def _take_targets(self, name: str, rows: Any) -> None:
-        """What the model says now of the rows of a past, unless that is known."""
+        """What the model says now of the rows of a past, unless that is known. Raises `UserError` where it is known of
+        other rows."""
+        if name in self.targets and self.targets[name].digest != digest_of(rows):
+            raise UserError(
+                f"remember: '{name}' is not the text of which the base model's targets are kept; give the same text, "
+                "or another name"
+            )
         if name not in self.targets:
             variants = 1 if self.trainer.criterion.causal else self.args.anchor_variants
             masked = self._as_masked(name, rows)
@@ -274,6 +292,7 @@ class Anchor(Method):
     # ---- state -----------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> Tensors:
+        """Targets of every past, rows of finished domains, and the copy of the base model, if there is one."""
         state = dict(self.teacher.state_dict()) if self.teacher else {}
         for name, targets in self.targets.items():
             state |= {f"{name}/{key}": tensor for key, tensor in targets.state_dict().items()}

@@ -133,6 +133,7 @@ class Budget(Method):
         """Land on the bound."""
         new = {name: value.clone() for name, value in self.values().items()}
         alpha, after = 1.0, self._divergence()
+        now = after
         if not self._within(after):
             low, high = 0.0, 1.0
             for _ in range(HALVINGS):
@@ -141,7 +142,8 @@ class Budget(Method):
                 low, high = (alpha, high) if self._within(self._divergence()) else (low, alpha)
             alpha = low
             between(self, self.old, new, alpha)
-        landed = {name: _interval(rows) for name, rows in self._divergence().items()}
+            now = self._divergence()
+        landed = {name: _interval(rows) for name, rows in now.items()}
         self.verdict = {
             "drift_budget": {name: self.bound_of(name) for name in landed if math.isfinite(self.bound_of(name))},
             "divergence": landed,

@@ -30,12 +30,14 @@ class Source:
         write: how many rows the model writes; 0 for text that was given.
         budget: how far the model may drift from what the base model says of it, nats per predicted token, in place of
             `drift_budget`.
+        is_written: whether a model wrote it, now or to a file.
     """
 
     rows: Any
     weight: float = 1.0
     write: int = 0
     budget: float | None = None
+    is_written: bool = False
 
 
 class Remembered(Method):
@@ -89,6 +91,7 @@ class Remembered(Method):
         return ConcatDataset(parts)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
+        """What the model wrote, and that all this has happened."""
         if not self._has_begun:
             return {}
         written = {

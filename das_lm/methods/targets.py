@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -31,12 +33,13 @@ class CachedTargets:
         log_p: the mean over the draws of their log p_T, [predictions].
         starts: the first prediction of each (row, variant), and their number at last, int64, [rows · variants + 1].
         variants: of each row.
+        digest: of the rows, see [`digest_of`].
     """
 
     kinds = ("tokens", "log_p", "starts")
 
-    def __init__(self, tokens: torch.Tensor, log_p: torch.Tensor, starts: torch.Tensor, variants: int):
-        self.tokens, self.log_p, self.starts, self.variants = tokens, log_p, starts, variants
+    def __init__(self, tokens: torch.Tensor, log_p: torch.Tensor, starts: torch.Tensor, variants: int, digest: int):
+        self.tokens, self.log_p, self.starts, self.variants, self.digest = tokens, log_p, starts, variants, digest
 
     @classmethod
     @torch.no_grad()
@@ -60,7 +63,7 @@ class CachedTargets:
                     log_p.append(known.gather(1, drawn).mean(1).cpu())
         model.train(was_training)
         starts = F.pad(torch.cat(counts).cumsum(0), (1, 0))
-        return cls(torch.cat(tokens), torch.cat(log_p), starts, variants)
+        return cls(torch.cat(tokens), torch.cat(log_p), starts, variants, digest_of(masked.rows))
 
     def at(self, numbers: Sequence[tuple[int, int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """`tokens` and `log_p` of some (row, variant), in their order."""
@@ -74,7 +77,8 @@ class CachedTargets:
         return (len(self.starts) - 1) // self.variants
 
     def state_dict(self) -> Tensors:
-        return {"variants": torch.tensor(self.variants), **{kind: getattr(self, kind) for kind in self.kinds}}
+        numbers = {name: torch.tensor(getattr(self, name)) for name in ("variants", "digest")}
+        return {**numbers, **{kind: getattr(self, kind) for kind in self.kinds}}
 
     @classmethod
     def from_state(cls, state: Tensors, vocabulary: int) -> CachedTargets:
@@ -82,7 +86,14 @@ class CachedTargets:
         tokens, log_p, starts = (state[kind].cpu() for kind in cls.kinds)
         if not (starts[-1] == len(tokens) == len(log_p) and 0 <= tokens.min() <= tokens.max() < vocabulary):
             raise ValueError(f"targets of {len(tokens)} predictions that are not whole, or of another vocabulary")
-        return cls(tokens, log_p, starts, int(state["variants"]))
+        return cls(tokens, log_p, starts, int(state["variants"]), int(state["digest"]))
+
+
+def digest_of(rows: Any) -> int:
+    """A hash of the token ids of rows, in their order, that fits int64."""
+    ids = (np.asarray(rows[index]["input_ids"], dtype=np.int64).tobytes() for index in range(len(rows)))
+    digest = hashlib.blake2b(b"|".join(ids), digest_size=8).digest()
+    return int.from_bytes(digest) >> 1
 
 
 class RowsAsMasked:

@@ -71,12 +71,12 @@ def _source(name: str, data: Any, inputs: Rows | Text, args: ContinualConfig) ->
             raise UserError(f"remember: '{name}': {data!r} is no number of rows to write; write 512, for example")
         if isinstance(inputs, Rows):
             raise UserError(f"remember: '{name}': a module cannot write text; give rows of data")
-        return Source(None, write=count)
+        return Source(None, write=count, is_written=True)
     if isinstance(data, Path) and isinstance(inputs, Text):
         rows, _ = load_written(data, inputs.tokenizer)
         with as_user_error(f"remember: '{name}': {data}"):
             check_blocks(rows, inputs.known, inputs.limit)
-        return Source(rows)
+        return Source(rows, is_written=True)
     if isinstance(data, str | Path):
         raise UserError(
             f"remember: '{name}': '{data}' is neither 'self', a number of rows to write, nor data; those of files are "

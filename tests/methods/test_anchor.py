@@ -304,6 +304,22 @@ def test_the_rows_of_the_domain_are_the_same_with_and_without(tmp_path):
     assert seen[0] == seen[1] == seen[2]
 
 
+def test_of_given_text_so_many_rows_are_cached_and_other_text_is_refused(tmp_path):
+    model, method, text = tiny_gpt2(), Anchor(), random_blocks(40, seed=5)
+    trainer_of(tmp_path, model, method, anchor_teacher="cached", remember={"wiki": text}, memory_size=8).train()
+    assert len(method.targets["wiki"]) == len(method.pasts["wiki"][0]) == 8
+    ids = [row["input_ids"].tolist() for row in method.pasts["wiki"][0]]
+    assert len(set(map(tuple, ids))) == 8 and set(map(tuple, ids)) <= {tuple(row) for row in text["input_ids"]}
+    for seed, fits in ((5, True), (6, False)):
+        more = {"domain": f"cs {seed}", "anchor_teacher": "cached", "memory_size": 8}
+        trainer = trainer_of(tmp_path, model, method, remember={"wiki": random_blocks(40, seed=seed)}, **more)
+        if fits:
+            trainer.train()
+        else:
+            with pytest.raises(UserError, match="'wiki' is not the text of which the base model's targets are kept"):
+                trainer.train()
+
+
 def test_what_it_cannot_do_is_refused(tmp_path):
     with pytest.raises(UserError, match="anchor_teacher: 'adapter' needs a LoRA adapter"):
         trainer_of(tmp_path, tiny_gpt2(), anchor_teacher="adapter")

@@ -101,6 +101,15 @@ def test_a_bound_that_is_broken_already_is_told(tmp_path):
     assert not verdict["budget_holds"] and verdict["landed_at"] == 0.0 and equal(parameters(model), before)
 
 
+def test_a_domain_without_a_budget_after_one_with(tmp_path):
+    method, model = Anchor(), MODELS["causal"]()
+    trainer_of(tmp_path, model, method, memory_size=16, drift_budget=0.05).train()
+    more = {"domain": "cs", "train_dataset": random_blocks(24)}
+    trainer = trainer_of(tmp_path, model, method, memory_size=16, **more)
+    trainer.train()
+    assert not any(isinstance(one, Budget) for one in trainer.methods) and list(method.pasts) == ["self", "bio"]
+
+
 def test_a_bound_for_each_past(tmp_path):
     method, model = Anchor(), MODELS["causal"]()
     remember = {"self": (16, 1.0, 0.05), "more": (random_blocks(16, seed=9), 0.5)}

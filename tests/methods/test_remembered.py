@@ -77,24 +77,25 @@ def test_methods_protect_the_base_model_in_the_first_domain(kind, name, tmp_path
 
 
 def test_what_a_method_holds_is_what_it_would_hold_after_a_domain(tmp_path):
-    """EWC: the Fisher of the base model on what is remembered, as after a domain of no step on the same rows."""
-    text = random_blocks(16, seed=5)
+    """EWC, before the first step: the Fisher of the base model on what is remembered, as after a domain of no step."""
+    text, options = random_blocks(16, seed=5), {"importance_samples": 16, "memory_size": 16, "fisher": "empirical"}
     held = []
-    for domains in (["remembered"], []):
-        model, method = MODELS["causal"](), EWC()
-        for name in domains:  # learned at a rate of 0
-            options = {"train_dataset": text, "domain": name, "learning_rate": 0.0, "importance_samples": 16}
-            trainer_of(tmp_path, model, method, max_steps=1, memory_size=16, **options).train()
-        if not domains:
-            options = {"remember": text, "learning_rate": 0.0, "importance_samples": 16, "memory_size": 16}
-            trainer = trainer_of(tmp_path, model, method, max_steps=1, **options)
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(
-                    EWC, "end_domain", lambda self, once=EWC.end_domain: once(self) if not held[1:] else None
-                )
-                trainer.train()
-        held.append({name: value.clone() for name, value in method.anchor.items()})
-    assert equal(*held)
+    for given in ({"remember": text}, {"train_dataset": text, "domain": "remembered"}):
+        method, before = EWC(), []
+        trainer = trainer_of(tmp_path, MODELS["causal"](), method, max_steps=1, learning_rate=0.0, **given, **options)
+        compute = trainer.compute_loss
+
+        def noted(*args, compute=compute, method=method, before=before, **kwargs):
+            before.append({name: value.clone() for name, value in method.importance.items()})
+            return compute(*args, **kwargs)
+
+        trainer.compute_loss = noted
+        trainer.train()
+        held.append(before[0] if "remember" in given else method.importance)
+        assert ("remember" in given) == bool(before[0])
+    assert held[0].keys() == held[1].keys() and any(value.any() for value in held[0].values())
+    for name, value in held[0].items():
+        torch.testing.assert_close(value, held[1][name], rtol=1e-4, atol=1e-9, msg=name)
 
 
 def test_text_is_written_once_and_the_same_after_any_interruption(tmp_path):

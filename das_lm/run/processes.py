@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -23,8 +24,16 @@ def begin() -> tuple[PartialState, Console]:
     state = PartialState(cpu=not torch.cuda.is_available())
     if state.device.type == "cpu" and state.num_processes == 1:
         use_all_cores()
+    elif state.device.type == "cpu":
+        atexit.register(leave_group)
     transformers.utils.logging.disable_progress_bar()  # of loading and saving weights
     return state, Console(quiet=not state.is_main_process, highlight=False)
+
+
+def leave_group() -> None:
+    """Leave the group of processes, if there is one: gloo's threads may abort a process that ends in it."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @contextmanager

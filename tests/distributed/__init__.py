@@ -12,7 +12,9 @@ def run_in_two_processes(script: str, directory: Path, *arguments) -> None:
     """Run the text of a script in two gloo ranks of one thread each; one such pair at a time, on a machine of few
     cores."""
     path = directory / "script.py"
-    path.write_text(script)
+    path.write_text(
+        f"import atexit\nfrom das_lm.run.processes import leave_group\natexit.register(leave_group)\n{script}"
+    )
     environment = {
         **os.environ,
         "ACCELERATE_USE_CPU": "true",

@@ -171,7 +171,7 @@ def test_every_other_method_over_two_domains(method, world, tmp_path):
         before = after
     kept = {path.name for path in (tmp_path / "run" / "2-cs").glob("*.safetensors")} - {"model.safetensors"}
     files = {"das": ["importance"], "self_replay": ["selfreplay"], "anchor": ["anchor", "remembered"]}
-    files |= {name: [name] for name in ("agem", "gem", "replay", "lwf")}
+    files |= {name: [name] for name in ("agem", "gate", "gem", "replay", "lwf")}
     assert kept == {f"{name}.safetensors" for name in files.get(method, ())}
 
 

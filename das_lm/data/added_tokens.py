@@ -17,6 +17,7 @@ from accelerate import PartialState
 from rich.progress import track
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
+from das_lm.data.chats import in_words
 from das_lm.errors import UserError
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def find_new_words(
     hidden = not PartialState(cpu=not torch.cuda.is_available()).is_main_process
     texts = track(documents["text"], "Looking for new words", len(documents), transient=True, disable=hidden)
     for text in texts:
-        tokens = Counter(words.chunks(text))
+        tokens = Counter(words.chunks(in_words(text)))
         frequency.update(tokens)
         spread.update(tokens.keys())
     saved = {}

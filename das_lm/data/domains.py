@@ -93,7 +93,8 @@ class Domain:
         streaming: Read files or the hub data set while training on it: nothing is read before, or kept on disk or in
             memory, but the documents that are split off and `shuffle_buffer` blocks. See `data/streaming.py`.
         shuffle_buffer: Blocks of a stream that are shuffled among one another.
-        column: Column (of a JSON line: key) that holds the text.
+        column: Column (of a JSON line: key) that holds the text, or messages (`[{role: …, content: …}, …]`), of which
+            the chat template of the tokenizer makes text.
         held_out: The share of the documents that is split off and never trained on (at most 1,000 documents, chosen
             by the hash of their text: the same on every machine and for every order of the files); or paths as in
             `data`; or `"split:NAME"` of the hub data set (its first 1,000 documents). Built-in data has its own
@@ -407,16 +408,16 @@ class Domain:
             raise UserError(missing_column(where, self.column, columns))
         if self.streaming:
             return datasets.Dataset.from_list([to_row(text_of(row[self.column], where, self.column)) for row in rows])
-        kind = rows.features[self.column].dtype
-        if kind not in ("string", "large_string", "string_view"):
-            raise UserError(not_text(where, self.column, kind))
+        kind = rows.features[self.column]
+        if not isinstance(kind, datasets.List | list) and kind.dtype not in ("string", "large_string", "string_view"):
+            raise UserError(not_text(where, self.column, kind.dtype))
         rows = rows.select(range(min(limit or len(rows), len(rows))))
         return rows.map(
             rows_of_column,
             batched=True,
             remove_columns=columns,
             features=row_features(),
-            fn_kwargs={"column": self.column},
+            fn_kwargs={"column": self.column, "where": where},
             desc=f"Reading {self.name}",
         )
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import nn
 
+from das_lm.data.chats import as_read
 from das_lm.errors import UserError
 
 if TYPE_CHECKING:
@@ -156,6 +157,22 @@ def separator_of(tokenizer: PreTrainedTokenizerFast) -> int | None:
     return tokenizer.eos_token_id if tokenizer.sep_token_id is None else tokenizer.sep_token_id
 
 
+def ends_documents(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """
+    Whether a separator in a block is the end of a document. It is not where a chat ends every turn with it, as the
+    chat templates of instruct models do whose `eos_token` is `<|im_end|>`.
+    """
+    separator = separator_of(tokenizer)
+    if separator is None or not getattr(tokenizer, "chat_template", None):
+        return separator is not None
+    chat = [{"role": "user", "content": "a"}]
+    try:
+        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    except Exception:  # a template may raise anything; who uses it is told by `chat_opening`
+        return True
+    return separator not in tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
 def highest_id(tokenizer: PreTrainedTokenizerFast) -> int:
     """The highest id that a text can get."""
     return max([*tokenizer.get_vocab().values(), *tokenizer("a")["input_ids"]])
@@ -202,7 +219,7 @@ def _features(*columns: str) -> Features:
 def tokenize(batch: dict[str, list], tokenizer: PreTrainedTokenizerFast, separator: int | None) -> dict[str, list]:
     """Token ids of each document, a separator after each that has any."""
     ids = tokenizer(
-        batch["text"],
+        as_read(batch["text"], tokenizer),
         add_special_tokens=False,
         return_attention_mask=False,
         return_token_type_ids=False,
@@ -238,8 +255,9 @@ def _windows(
     suffix: list[int],
     room: int,
 ) -> dict[str, list[Any]]:
+    texts = as_read(batch["text"], tokenizer)
     encoded = tokenizer(
-        batch["text"],
+        texts,
         add_special_tokens=False,
         return_attention_mask=False,
         return_token_type_ids=False,
@@ -247,9 +265,7 @@ def _windows(
         verbose=False,
     )
     rows: dict[str, list[Any]] = {"input_ids": [], "document": [], "bytes": []}
-    for index, text, ids, offsets in zip(
-        indices, batch["text"], encoded["input_ids"], encoded["offset_mapping"], strict=True
-    ):
+    for index, text, ids, offsets in zip(indices, texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
         sizes = _token_bytes(text, [end for _, end in offsets])
         for start in range(0, len(ids), room):
             rows["input_ids"].append(prefix + ids[start : start + room] + suffix)

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from das_lm.data.chats import chat_of
 from das_lm.errors import UserError, as_user_error, did_you_mean
 from das_lm.plain_words import describe_value
 
@@ -46,16 +47,18 @@ def row_features() -> Features:
     return Features({"id": Value("string"), "text": Value("string"), "characters": Value("int64")})
 
 
-def rows_of_column(batch: dict[str, list], column: str) -> dict[str, list]:
+def rows_of_column(batch: dict[str, list], column: str, where: str) -> dict[str, list]:
     """[`to_row`] for a batch of `datasets.map`."""
-    rows = [to_row(text) for text in batch[column]]
+    rows = [to_row(text_of(cell, where, column)) for cell in batch[column]]
     return {key: [row[key] for row in rows] for key in ("id", "text", "characters")}
 
 
 def text_of(value: Any, where: str, column: str, option: str = "column") -> str | None:
-    """A cell as text or nothing. Raises `UserError` for anything else."""
+    """A cell as text or nothing; a conversation as in `chats`. Raises `UserError` for anything else."""
     if value is None or isinstance(value, str):
         return value
+    if (chat := chat_of(value)) is not None:
+        return chat
     raise UserError(not_text(where, column, describe_value(value), option))
 
 
@@ -285,12 +288,15 @@ def _read_parquet(path: str, column: str) -> Iterator[str | None]:
         kind = kinds[names.index(column)]
         is_coded = types.is_dictionary(kind)
         kind = kind.value_type if is_coded else kind
-        if not (types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)):
+        is_list = types.is_list(kind) or types.is_large_list(kind)
+        is_chat = is_list and types.is_struct(kind.value_type)
+        if not (types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind) or is_chat):
             raise UserError(not_text(path, column, kind))
         for batch in file.iter_batches(1_000, columns=[column]):  # "a.b" is also the b of every structure a
             cells = batch.column(batch.schema.names.index(column))
             try:
-                yield from (cells.dictionary_decode() if is_coded else cells).to_pylist()
+                for cell in (cells.dictionary_decode() if is_coded else cells).to_pylist():
+                    yield text_of(cell, path, column)
             except UnicodeDecodeError as error:
                 raise UserError(f"{path}: column '{column}' is not UTF-8 text ({error}); convert it") from None
 

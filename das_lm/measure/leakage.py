@@ -20,6 +20,7 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
+from das_lm.data.chats import in_words
 from das_lm.data.domains import Documents, Domain
 from das_lm.errors import UserError
 
@@ -247,7 +248,7 @@ class _Words:
             words = []
             for text in batch["text"]:
                 count = len(words)
-                words += " ".join(_WORD.findall(text)).lower().split()
+                words += " ".join(_WORD.findall(in_words(text))).lower().split()
                 lengths.append(len(words) - count)
                 words.append("")
             ids.append(np.fromiter(map(vocabulary.__getitem__, words), np.int32, len(words)))
@@ -361,7 +362,7 @@ def _overlap(
         found = Found(ids[number], float(shares[number]), length, source)
         if len(shown) < EXAMPLES and source not in shown:
             shown.add(source)
-            found.passage = _passage(documents[number]["text"], start - int(words.starts[number]), length)
+            found.passage = _passage(in_words(documents[number]["text"]), start - int(words.starts[number]), length)
         overlap.found.append(found)
     return overlap
 

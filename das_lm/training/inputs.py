@@ -16,6 +16,7 @@ from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import IterableDataset as TorchStream
 
 from das_lm.data.blocks import HeldOutWindows, TrainingBlocks, TrainingRows
+from das_lm.data.chats import chat_of
 from das_lm.data.collating import OwnCollator, PaddingCollator, collate
 from das_lm.data.masking import labeling
 from das_lm.data.packing import longest_input, nothing_in, pack, windows
@@ -212,6 +213,10 @@ class Text:
         if self.column not in data.column_names:
             raise UserError(missing_column(where, self.column, data.column_names, "text_column"))
         data = data.with_format(None).select_columns([self.column])
+        if isinstance(data.features[self.column], datasets.List | list):
+            cells = enumerate(data[self.column])
+            texts = [text_of(cell, f"{where}, row {index}", self.column, "text_column") for index, cell in cells]
+            data = datasets.Dataset.from_dict({self.column: texts})
         kept: list[int] = []
         for start in range(0, len(data), 1000):
             texts = data[start : start + 1000][self.column]
@@ -304,6 +309,7 @@ def _as_table(data: Any, column: str, where: str) -> datasets.Dataset:
         if wanted == "input_ids":
             with as_user_error(f"{where}: input_ids are not lists of token ids"):
                 return datasets.Dataset.from_dict({"input_ids": rows})
+    rows = [chat_of(row) or row for row in rows]
     for index, row in enumerate(rows):
         if row is not None and not isinstance(row, str):
             raise UserError(f"{where}: row {index} is {type(row).__name__}, not text; give a list of texts")

@@ -17,7 +17,7 @@ from torch.utils.data import SequentialSampler
 from transformers import TrainingArguments, set_seed
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 
-from das_lm.data.packing import separator_of
+from das_lm.data.packing import ends_documents, separator_of
 from das_lm.errors import UserError
 from das_lm.methods import Method, without_effect
 from das_lm.model.objective import LanguageModeling, ModuleLoss, Output, check_head_in_chunks
@@ -153,7 +153,7 @@ class ContinualTrainer(MeasuringTrainer):
         if self.args.chunked_cross_entropy:
             check_head_in_chunks(self.units)
         causal = self.units.model.can_generate()
-        separated = causal and self.args.separate_documents
+        separated = causal and self.args.separate_documents and ends_documents(self.processing_class)
         self.criterion = LanguageModeling(
             self.units, causal, separator_of(self.processing_class) if separated else None
         )

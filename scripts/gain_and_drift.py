@@ -25,7 +25,7 @@ import transformers
 from das_lm import ContinualConfig, ContinualTrainer, Domain
 from das_lm.files import write_json
 from das_lm.measure.intervals import Estimate
-from das_lm.methods.writing import Writer, facts_of, load_written, save_written
+from das_lm.methods.writing import Writer, chat_opening, facts_of, load_written, save_written
 from das_lm.model.loading import load_model, load_tokenizer, model_path
 from das_lm.report.frontier import Frontier
 from das_lm.run.recipe import Recipe
@@ -102,11 +102,17 @@ class World:
         """The loss of each row that nothing is trained on, mean over its tokens, [rows]."""
         rows, _ = load_written(self.written(self.args.fresh, FRESH_SEED), self.tokenizer)
         fresh = datasets.Dataset.from_list([{"input_ids": row["input_ids"].tolist()} for row in rows])
-        found = {}
-        for name, one in (("fresh", fresh), ("bio", self.held_out)):
-            held_out = trainer.measure({"x": trainer.inputs.held_out(one)})["x"]
-            found[name] = torch.tensor(held_out.nats / held_out.tokens)
-        return found
+        opening = chat_opening(self.tokenizer)[0]  # with which every row begins, and which nobody wrote
+        data = {"fresh": fresh, "bio": self.held_out}
+        if opening:
+            data["opening"] = datasets.Dataset.from_list([{"input_ids": opening}])
+        measured = trainer.measure({name: trainer.inputs.held_out(one) for name, one in data.items()})
+        fresh_nats, fresh_tokens = measured["fresh"].nats, measured["fresh"].tokens
+        if opening:
+            fresh_nats = fresh_nats - measured["opening"].nats
+            fresh_tokens = fresh_tokens - measured["opening"].tokens
+        bio = measured["bio"]
+        return {"fresh": torch.tensor(fresh_nats / fresh_tokens), "bio": torch.tensor(bio.nats / bio.tokens)}
 
     def run(self, method: str, learning_rate: float, seed: int, **given: Any) -> dict[str, Any]:
         """Train once, and measure."""

@@ -7,14 +7,14 @@ import hashlib
 import itertools
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator
 from pydantic.dataclasses import dataclass
 
-from das_lm.data.mixtures import Part, interleaved, parts_of
+from das_lm.data.mixtures import PART, Part, characters_of, interleaved, parts_of, weights_of
 from das_lm.data.readers import (
     missing_column,
     not_text,
@@ -51,11 +51,13 @@ class Documents:
             it.
         held_out: What the domain is measured on; no document of it stands in `train`, and none stands in it twice.
         warnings: What was left out or looks odd, with counts; one sentence each.
+        parts: Of a mixture, part -> its share of the text of `train`, in characters; of a stream, in documents.
     """
 
     train: Dataset | DocumentStream | None
     held_out: Dataset
     warnings: list[str]
+    parts: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def has_length(self) -> bool:
@@ -249,7 +251,7 @@ class Domain:
         ids = np.array(documents["id"])
         first = _first_of_each(ids)
         if measure_only:
-            return Documents(None, documents.select(np.sort(first)), warnings)
+            return Documents(None, documents.select(np.sort(first)).select_columns(["id", "text"]), warnings)
 
         expected = 0
         if held_out is None:
@@ -258,7 +260,8 @@ class Domain:
                     f"domain '{self.name}': there is a single document, so none can be split off; give held_out a path"
                 )
             expected = min(max(1, round(self.held_out * len(first))), MAX_HELD_OUT, len(first) - 1)
-            held_out = documents.select(np.sort(first[:expected]))  # `first` is in the order of the hashes
+            # `first` is in the order of the hashes.
+            held_out = documents.select(np.sort(first[:expected])).select_columns(["id", "text"])
         in_held_out = np.isin(ids, np.array(held_out["id"]))
         kept = np.flatnonzero(~in_held_out)
         if not len(kept):
@@ -272,7 +275,8 @@ class Domain:
             warnings.append(self._count(overlapping, "left out of the training text, being held out as well"))
         if repeated:
             warnings.append(self._count(repeated, "of the training text repeated word for word; kept"))
-        return Documents(documents.select(kept), held_out, warnings)
+        documents = documents.select(kept)
+        return Documents(documents, held_out, warnings, self._shares(documents))
 
     def load_whole(self) -> Documents:
         """Read all of it, and hold out nothing; of a stream `max_documents`.
@@ -282,15 +286,25 @@ class Domain:
         """
         warnings: list[str] = []
         documents = self._documents(warnings)
-        return Documents(documents, documents.select([]), warnings)
+        return Documents(
+            documents, documents.select([]).select_columns(["id", "text"]), warnings, self._shares(documents)
+        )
 
     def _documents(self, warnings: list[str]) -> Dataset:
         """All usable documents; those of a mixture in one order."""
-        if data_kind(self.data) != "mixture":
+        if not self._is_mixture:
             return self._usable(self._read(self.data, self.split, self.max_documents), "", warnings)
         parts = [self._usable(one._read(one.data, one.split, None), "", warnings) for one in self._parts()]
+        parts = [one.add_column(PART, [number] * len(one)) for number, one in enumerate(parts)]
         documents = interleaved(parts, self.data, self.stopping_strategy)
         return documents.select(range(min(self.max_documents or len(documents), len(documents))))
+
+    @property
+    def _is_mixture(self) -> bool:
+        return data_kind(self.data) == "mixture"
+
+    def _shares(self, documents: Dataset) -> dict[str, float]:
+        return characters_of(documents, self.data) if self._is_mixture else {}
 
     def _parts(self) -> list[Domain]:
         """The parts of a mixture, as domains of their own."""
@@ -332,7 +346,7 @@ class Domain:
             held_out = Dataset.from_list(list(found.values())).select_columns(["id", "text"])
         if measure_only:
             return Documents(None, held_out, warnings)
-        paths = [part.path for part in self.data] if data_kind(self.data) == "mixture" else [self.data]
+        paths = [part.path for part in self.data] if self._is_mixture else [self.data]
         is_remote = any(data_kind(path) == "hub" for path in paths)
         documents = DocumentStream(source, self.column, where, self.min_characters, held_out["id"], is_remote)
         if next(iter(documents), None) is None:
@@ -344,11 +358,11 @@ class Domain:
             f"domain '{self.name}' is streamed: held-out documents are left out of its training text, but what "
             "else is left out or repeated is not counted, and no passage of it is compared with measured text"
         )
-        return Documents(documents, held_out, warnings)
+        return Documents(documents, held_out, warnings, weights_of(self.data) if self._is_mixture else {})
 
     def _stream(self) -> IterableDataset:
         """All rows, read when they are asked for."""
-        if data_kind(self.data) == "mixture":
+        if self._is_mixture:
             parts = [(one._stream().select_columns(one.column), one.column) for one in self._parts()]
             renamed = [
                 one if column == self.column else one.rename_column(column, self.column) for one, column in parts

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import pyarrow.compute as pc
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from das_lm.errors import UserError
 from das_lm.plain_words import in_plain_words
+
+#: The column that says which part a document comes from.
+PART = "part"
 
 
 @in_plain_words
@@ -58,10 +64,25 @@ def parts_of(data: Any) -> Any:
     return parts
 
 
+def weights_of(parts: Sequence[Part]) -> dict[str, float]:
+    """Part, by number and file name -> how large a share of the documents come from it; they sum to 1."""
+    total = sum(part.weight for part in parts)
+    paths = (part.path if isinstance(part.path, str) else part.path[0] for part in parts)
+    names = (f"{number}. {os.path.basename(path)}" for number, path in enumerate(paths, 1))
+    return {name: part.weight / total for name, part in zip(names, parts, strict=True)}
+
+
+def characters_of(documents: Any, parts: Sequence[Part]) -> dict[str, float]:
+    """Part -> what share of the characters of a mixture, with a column [`PART`], come from it; they sum to 1."""
+    characters = np.zeros(len(parts))
+    for batch in documents.select_columns(["text", PART]).with_format("arrow").iter(batch_size=1000):
+        np.add.at(characters, batch[PART].to_numpy(), pc.utf8_length(batch["text"]).to_numpy())
+    return dict(zip(weights_of(parts), (characters / max(1, characters.sum())).tolist(), strict=True))
+
+
 def interleaved(data_sets: list[Any], parts: Sequence[Part], stopping_strategy: str) -> Any:
     """Data sets, or streams, mixed at random by the weights of their parts; the same on every machine."""
     import datasets
 
-    total = sum(part.weight for part in parts)
-    chances = [part.weight / total for part in parts]
+    chances = list(weights_of(parts).values())
     return datasets.interleave_datasets(data_sets, chances, seed=0, stopping_strategy=stopping_strategy)

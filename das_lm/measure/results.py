@@ -120,6 +120,7 @@ class _Run(_Part):
     warnings: dict[str, list[str]] = {}
     versions: dict[str, str] = {}
     text: dict[str, dict[str, Any]] = {}
+    parts: dict[str, dict[str, float]] = {}
     training: Entry = {}
     options: Entry = {}
 
@@ -147,6 +148,7 @@ class _Stage(_Part):
     step: int = 0
     seconds: float | None = None
     mean_importance: dict[str, float] = {}
+    tokens_seen: dict[str, int] = {}
     history: list[_Moment] = []
     importance: _Importance | None = None
     curve: list[dict[str, float]] = []
@@ -239,6 +241,20 @@ class Results:
                     if domain in entry.get("held_out", ()) and self.domains[domain] <= number:
                         curve.append(entry["held_out"][domain])
         return {domain: float(np.mean(curve)) for domain, curve in curves.items()} if all(curves.values()) else None
+
+    def tokens_seen(self) -> list[tuple[str, str, str]]:
+        """Stage, source of text, and how many tokens of it the stage was trained on; of the parts of a mixture by
+        their share of its characters."""
+        rows = []
+        for stage in self.stages:
+            for source, tokens in stage.get("tokens_seen", {}).items():
+                parts = self.run.get("parts", {}).get(source, {})
+                rows += [
+                    (stage["name"], f"{source}: {part}", f"about {tokens * share:,.0f}")
+                    for part, share in parts.items()
+                ]
+                rows += [] if parts else [(stage["name"], source, f"{tokens:,}")]
+        return rows
 
     def add_intervals(self, measure: str, sums: Sequence[Mapping[str, tuple[np.ndarray, np.ndarray]]]) -> None:
         """

@@ -32,7 +32,7 @@ from das_lm.methods.targets import (
     selected,
 )
 from das_lm.methods.teacher import AdapterOff, Teacher
-from das_lm.methods.writing import Writer, WritingArguments
+from das_lm.methods.writing import Writer, WritingArguments, chat_opening
 from das_lm.model.objective import Output
 from das_lm.randomness import permutation
 
@@ -146,7 +146,11 @@ class Anchor(Method):
         return "adapter" if self.trainer.has_adapter else "cached" if self.trainer.is_sharded else "copy"
 
     def _as_masked(self, name: str, rows: Any) -> RowsAsMasked:
-        return RowsAsMasked(name, rows, self.trainer, self._blocks, self._collator)
+        is_written = self.base[name].is_written if name in self.base else not self.args.keep_text
+        opening = (
+            chat_opening(self.trainer.processing_class)[0] if is_written and self.trainer.criterion.causal else ()
+        )
+        return RowsAsMasked(name, rows, self.trainer, self._blocks, self._collator, opening)
 
     def _few(self, source: Source) -> Any:
         """The rows of a source whose targets are cached: of given text `memory_size` at most, the same every time."""
@@ -188,8 +192,9 @@ class Anchor(Method):
         """Append the remembered rows that this batch's rows bring along: first those whose targets are cached."""
         self._first, drawn = len(batch["input_ids"]), self._drawn(batch["example_id"].tolist())
         self._cached = [one for one in drawn if self._is_cached(one[0])]
-        self._drawn_live = live = [one for one in drawn if not self._is_cached(one[0])]
+        live = [one for one in drawn if not self._is_cached(one[0])]
         self._live = None
+        self.appended = [name for name, *_ in (*self._cached, *live)]
         parts = [self._masked[name].batch([(row, variant)]) for name, row, variant in [*self._cached, *live]]
         if not parts:
             return batch
@@ -226,9 +231,8 @@ class Anchor(Method):
         """λ times the divergence of each prediction in the remembered rows, [predictions], over their share."""
         divergence, owner = self._divergence(outputs)
         if self._budget.controllers:
-            names = [name for name, *_ in (*self._cached, *self._drawn_live)]
-            weights = divergence.new_tensor([self._budget.controllers[name].weight for name in names])[owner]
-            self._note(divergence.detach(), names, owner)
+            weights = divergence.new_tensor([self._budget.controllers[name].weight for name in self.appended])[owner]
+            self._note(divergence.detach(), self.appended, owner)
         else:
             weights = self.args.anchor_weight
         return {"anchor": weights / self.args.anchor_share * divergence}

@@ -115,6 +115,8 @@ class Method:
     needs_remembered = False
     #: Whether it needs text, and so learns no classic tasks.
     language_models_only = False
+    #: The source of each row that it appended to the present batch.
+    appended: Sequence[str] = ()
     #: Its arguments, a dataclass of fields by [`knob`]: all that it reads, beside what all training does.
     arguments: type = Arguments
     #: Its one main argument, and what a search tries of it; on classic tasks, for MLPs of their size.

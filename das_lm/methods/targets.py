@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from das_lm.data.blocks import TrainingBlocks
+from das_lm.data.masking import IGNORED
 from das_lm.methods.base import Engine, Tensors
 from das_lm.model.objective import Output
 
@@ -104,16 +105,34 @@ class RowsAsMasked:
         name: of the past.
         rows: data set of blocks.
         trainer: whose masks, batches and device they get.
+        opening: token ids that a row may begin with which nobody wrote, such as the system prompt of a chat: no
+            predictions of them are looked at.
     """
 
-    def __init__(self, name: str, rows: Any, trainer: Engine, blocks: TrainingBlocks, collator: Any):
+    def __init__(
+        self,
+        name: str,
+        rows: Any,
+        trainer: Engine,
+        blocks: TrainingBlocks,
+        collator: Any,
+        opening: Sequence[int] = (),
+    ):
         self.name, self.rows, self.trainer, self.blocks, self.collator = name, rows, trainer, blocks, collator
+        self.opening = np.array(opening, dtype=np.int64)
 
     def batch(self, numbers: Sequence[tuple[int, int]]) -> dict[str, torch.Tensor]:
         """`input_ids`, `attention_mask` and `labels` of some (row, variant), each [rows, tokens]."""
-        found = (self.blocks.row(self.rows, ("remembered", self.name), row, variant) for row, variant in numbers)
-        batch = self.collator([{key: row[key] for key in ("input_ids", "labels")} for row in found])
+        batch = self.collator([self._row(row, variant) for row, variant in numbers])
         return {key: value.to(self.trainer.args.device) for key, value in batch.items()}
+
+    def _row(self, number: int, variant: int) -> dict[str, np.ndarray]:
+        row = self.blocks.row(self.rows, ("remembered", self.name), number, variant)
+        ids, labels, length = row["input_ids"], row["labels"], len(self.opening)
+        if length and np.array_equal(ids[:length], self.opening):
+            labels = labels.copy()
+            labels[: length - 1] = IGNORED  # a label is the token that follows
+        return {"input_ids": ids, "labels": labels}
 
 
 def divergence_from_draws(outputs: Output, tokens: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:

@@ -84,6 +84,11 @@ class Writer:
         args, tokenizer, separator = self.trainer.args, self.trainer.processing_class, self.trainer.criterion.separator
         prefix, _ = special_tokens(tokenizer)
         before, of_chats = chat_opening(tokenizer)
+        if len(before) >= args.max_length:
+            raise UserError(
+                f"max_length: {args.max_length} leaves no room for text beside the {len(before)} tokens with which "
+                "the tokenizer's chat template begins; write more"
+            )
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         ids = torch.tensor([before or prefix or [start_token(tokenizer)]], device=args.device).repeat(rows, 1)
         first = 0 if before or prefix else 1  # what a block does not begin with

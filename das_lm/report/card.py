@@ -110,6 +110,7 @@ def model_card(results: Results, directory: Path, repository: str | None = None)
         needed=needed,
         importance_file=IMPORTANCE_NAME if (directory / IMPORTANCE_NAME).is_file() else "",
         domains=_domains(results),
+        seen=[[_plain(cell) for cell in row] for row in results.tokens_seen()],
         new_head=_new_head(recipe),
         arguments=_arguments(recipe),
         unit=results.unit,

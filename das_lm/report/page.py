@@ -365,6 +365,8 @@ def _further_tables(results: Results) -> dict[str, Rows]:
             ["domain", results.unit],
             *([domain, f"{value:.3f}"] for domain, value in integrated.items()),
         ]
+    if seen := results.tokens_seen():
+        tables["Tokens that were trained on"] = [["stage", "source", "tokens"], *map(list, seen)]
     if "cloze" in results.measures:
         rows = [["questions", "asked", "candidates each", "skipped"]]
         for name, one in stages[-1]["cloze"].items():

@@ -37,6 +37,7 @@ def run_facts(recipe: Recipe, text: dict[str, Documents], args: Any) -> dict[str
         "processes": args.world_size,
         "text": {name: one.fingerprints for name, one in text.items()},
         "documents": {n: len(d.train) if d.has_length else None if d.train else 0 for n, d in text.items()},
+        "parts": {name: dict(d.parts) for name, d in text.items() if d.parts},
         "warnings": {name: d.warnings for name, d in text.items() if d.warnings},
     }
 

@@ -17,12 +17,11 @@ from das_lm.files import rotate_checkpoints, seal, share, write_json, write_tens
 from das_lm.methods import files_with_training_text
 from das_lm.training.resuming import save_place
 from das_lm.training.sharding import ShardedTraining
+from das_lm.training.tokens_seen import STATE_NAME
 from das_lm.units.sharding import is_sharded, whole_state_dict
 
 if TYPE_CHECKING:
     from das_lm.training.trainer import ContinualTrainer
-
-STATE_NAME = "continual_state.json"
 
 
 def continual_state(trainer: ContinualTrainer) -> dict[str, Any]:
@@ -33,6 +32,7 @@ def continual_state(trainer: ContinualTrainer) -> dict[str, Any]:
         "domain": trainer.domain,
         "methods": [type(method).__name__ for method in trainer.methods],
         "step": trainer.state.global_step,
+        **trainer.tokens_seen.state(),
         **{name: value for method in trainer.methods for name, value in method.state().items()},
     }
 

@@ -29,6 +29,7 @@ from das_lm.training.hooks import Hooks
 from das_lm.training.measuring import MeasuringTrainer
 from das_lm.training.optimizer import scale_learning_rate
 from das_lm.training.remembering import remembered_by
+from das_lm.training.tokens_seen import TokensSeen
 from das_lm.units import Architecture, Units
 from das_lm.units.sharding import named_parameters
 
@@ -137,7 +138,7 @@ class ContinualTrainer(MeasuringTrainer):
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
         self._loss_shifts_labels = False  # ours are shifted already: the Trainer counts the first of a row, too
         self._until_backward = ExitStack()
-        self.guard, self._hooks = Guard(self), Hooks(self)
+        self.guard, self.tokens_seen, self._hooks = Guard(self), TokensSeen(self), Hooks(self)
         self._make_methods()
         self.callback_handler.callbacks.insert(0, self._hooks)
 
@@ -219,6 +220,7 @@ class ContinualTrainer(MeasuringTrainer):
             self._take(self.model)
             self.inputs.again(self.train_dataset)
             self._make_methods()
+        self.tokens_seen.begin(self._resumes_from)
         if self._resumes_from:
             for method in self.methods:
                 method.load(Path(self._resumes_from))
@@ -283,6 +285,8 @@ class ContinualTrainer(MeasuringTrainer):
         if model.training:
             for method in self.methods:
                 batch = method.add_rows(batch, self._until_backward)
+            if self.units is not None:
+                self.tokens_seen.note(batch, len(inputs["input_ids"]))
         outputs = self.criterion(model, batch, self.args.chunked_cross_entropy)
         if outputs.loss is not None:
             loss = self._share(outputs.loss, num_items_in_batch)

@@ -9,6 +9,8 @@ from das_lm.data.domains import Domain
 from das_lm.data.mixtures import Part
 from das_lm.data.streaming import DocumentStream
 from das_lm.errors import UserError
+from das_lm.measure.results import Results
+from das_lm.report.page import write_report
 from das_lm.run.recipe_file import load_recipe
 from tests.helpers import run_recipe
 
@@ -97,3 +99,29 @@ def test_bad_parts(data, phrase):
 def test_a_part_that_is_not_there(files):
     with pytest.raises(UserError, match=r"no file matches .*nothing\.txt"):
         mixture(files, ("a.txt", 1.0, {}), ("nothing.txt", 1.0, {})).load()
+
+
+def test_a_run_says_how_many_tokens_of_each_part_it_saw(files, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(f"""
+model_name_or_path: built-in-causal
+output_dir: unused
+method: [anchor, replay]
+remember: [{{name: general, data: built-in, max_documents: 20}}]
+domains:
+  - name: mixed
+    data: [{{path: {files}/a.txt, weight: 0.7}}, {{path: {files}/b.txt, weight: 0.3}}]
+training: {{max_steps: 6, per_device_train_batch_size: 4, max_length: 32, anchor_share: 1.0, replay_ratio: 0.25,
+           report_to: none, use_cpu: true}}
+""")
+    assert run_recipe(tmp_path, tmp_path / "out") == 0
+    results = Results.load(tmp_path / "out")
+    seen = results.stages[-1]["tokens_seen"]
+    assert seen["general, remembered"] == 6 * 4 * 32
+    assert seen["mixed"] + seen["general, replayed"] == 6 * 4 * 32 and seen["general, replayed"] % 32 == 0
+    words = [row for row in results.tokens_seen() if row[1].startswith("mixed")]
+    counts = [int(row[2].removeprefix("about ").replace(",", "")) for row in words]
+    assert [row[1] for row in words] == ["mixed: 1. a.txt", "mixed: 2. b.txt"]
+    assert abs(sum(counts) - seen["mixed"]) <= 1 and 0.6 < counts[0] / sum(counts) < 0.8
+    card = (tmp_path / "out" / "1-mixed" / "README.md").read_text()
+    assert "| mixed | general, remembered | 768 |" in card
+    assert "Tokens that were trained on" in write_report([tmp_path / "out"]).read_text()

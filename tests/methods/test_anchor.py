@@ -38,13 +38,13 @@ def trainer_of(directory, model, method="anchor", domain="bio", **options) -> Co
         "disable_tqdm": True,
         "report_to": [],
     }
-    more = {name: options.pop(name) for name in ("remember", "peft_config", "train_dataset") if name in options}
+    given = ("remember", "peft_config", "train_dataset", "processing_class")
+    more = {name: options.pop(name) for name in given if name in options}
     return ContinualTrainer(
         model,
         DASConfig(output_dir=str(directory), **{**defaults, **options}),
         method,
-        **{"train_dataset": random_blocks(24, seed=1), **more},
-        processing_class=build_tokenizer(),
+        **{"train_dataset": random_blocks(24, seed=1), "processing_class": build_tokenizer(), **more},
         domain=domain,
     )
 

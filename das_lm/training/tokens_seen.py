@@ -1,0 +1,82 @@
+"""How many tokens of each source a model was trained on: of the domain, and of what is remembered or replayed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from das_lm.training.trainer import ContinualTrainer
+
+#: The file of a checkpoint that says how it was learned, and the key in it.
+STATE_NAME = "continual_state.json"
+KEY = "tokens_seen"
+
+
+class TokensSeen:
+    """
+    Counts the tokens of every batch, padding left out, by the source of its rows; on the device, where they are.
+
+    Args:
+        trainer: whose batches they are.
+    """
+
+    def __init__(self, trainer: ContinualTrainer):
+        self.trainer = trainer
+        self._numbers: dict[str, int] = {}
+        self._counts = torch.zeros(0, dtype=torch.int64)
+
+    def begin(self, checkpoint: str | None) -> None:
+        """A run begins, or goes on from a checkpoint, with what that has counted."""
+        self._numbers, self._counts = {}, self._counts[:0]
+        if checkpoint is not None and (path := Path(checkpoint) / STATE_NAME).is_file():
+            found = json.loads(path.read_text(encoding="utf-8")).get(KEY, {})
+            self._register(list(found))
+            if self.trainer.is_world_process_zero():
+                for name, count in found.items():
+                    self._counts[self._numbers[name]] = count
+
+    def note(self, batch: Mapping[str, torch.Tensor], own: int) -> None:
+        """
+        Count a batch.
+
+        Args:
+            batch: with `attention_mask`, [rows, tokens].
+            own: so many of its rows come first: the domain's, with `replayed_from` where a memory stands in for some.
+                What methods append comes after, in the order of the methods; second views of rows come last.
+        """
+        tokens = batch["attention_mask"].sum(1)
+        names = [self.trainer.domain, *map(_replayed, self.trainer.train_dataset.memories)]
+        self._register(names)
+        which = torch.tensor([self._numbers[name] for name in names], device=tokens.device)
+        if "replayed_from" in batch:
+            self._counts.index_add_(0, which[batch["replayed_from"][:own]], tokens[:own])
+        else:
+            self._counts[self._numbers[self.trainer.domain]] += tokens[:own].sum()
+        if appended := [f"{name}, remembered" for method in self.trainer.methods for name in method.appended]:
+            self._register(appended)
+            rows = torch.tensor([self._numbers[name] for name in appended], device=tokens.device)
+            self._counts.index_add_(0, rows, tokens[own : own + len(appended)])
+
+    def _register(self, names: list[str]) -> None:
+        for name in names:
+            self._numbers.setdefault(name, len(self._numbers))
+        counts = self._counts.to(self.trainer.args.device)
+        self._counts = torch.cat([counts, counts.new_zeros(len(self._numbers) - len(counts))])
+
+    def state(self) -> dict[str, dict[str, int]]:
+        """Source -> tokens, over all processes, which all take part."""
+        if not self._numbers:
+            return {}
+        counts = self.trainer.accelerator.reduce(self._counts, "sum").tolist()
+        return {KEY: {name: counts[number] for name, number in self._numbers.items() if counts[number]}}
+
+
+def _replayed(memory: str) -> str:
+    """What a memory is called: those of methods are known by a class, and perhaps what is remembered."""
+    _, _, source = memory.partition(" ")
+    return f"{source or 'earlier domains'}, replayed"

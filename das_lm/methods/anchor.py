@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 import torch
@@ -54,6 +53,11 @@ class AnchorArguments(WritingArguments, Batches):
         None,
         "How much may be lost, in nats per predicted token, of everything that is remembered; a source may have a "
         "budget of its own. anchor_weight is where λ begins then. In a walk each domain may take an equal part of it.",
+    )
+    anchor_refresh: Annotated[int, Interval(ge=0)] = knob(
+        0,
+        "Every so many steps the base model writes its text anew, so that no row of it is seen often; 0: once. For a "
+        "teacher that is a copy.",
     )
     anchor_draws: Count = knob(64, "Tokens that are drawn from a distribution where it is cached.")
     anchor_variants: Count = knob(4, "Masks of each remembered row, of a masked model, where targets are cached.")
@@ -126,7 +130,11 @@ class Anchor(Method):
         kind = self._kind_of_teacher()
         if kind == "copy" and self.teacher is None:
             self.teacher = Teacher(trainer)
-        elif kind == "adapter" and not self.finished:
+        if args.anchor_refresh and kind != "copy":
+            raise UserError(
+                f"anchor_refresh: with the teacher '{kind}' the base model is not there to write; write copy"
+            )
+        if kind == "adapter" and not self.finished:
             self.teacher = AdapterOff(trainer)
         total, base = sum(source.weight for source in self.base.values()), {}
         for name, source in self.base.items():
@@ -186,6 +194,18 @@ class Anchor(Method):
         self._take_targets(trainer.domain, rows)
         self.finished[trainer.domain] = rows
 
+    def after_step(self) -> None:
+        """Every `anchor_refresh` steps, let the base model write its text anew."""
+        step, every = self.trainer.state.global_step + 1, self.args.anchor_refresh
+        if every and step % every == 0:
+            for name, source in self.base.items():
+                if source.write:
+                    source.rows = Writer(self.trainer, self.teacher.model).rows(
+                        source.write, name, self.trainer.domain, step
+                    )
+                    self.pasts[name] = (source.rows, self.pasts[name][1])
+                    self._masked[name] = self._as_masked(name, source.rows)
+
     # ---- a batch ---------------------------------------------------------------------------------------------------
 
     def add_rows(self, batch: dict[str, torch.Tensor], until_backward: ExitStack) -> dict[str, torch.Tensor]:
@@ -195,12 +215,13 @@ class Anchor(Method):
         live = [one for one in drawn if not self._is_cached(one[0])]
         self._live = None
         self.appended = [name for name, *_ in (*self._cached, *live)]
-        parts = [self._masked[name].batch([(row, variant)]) for name, row, variant in [*self._cached, *live]]
-        if not parts:
+        if not drawn:
             return batch
+        rows = [self._masked[name].row(row, variant) for name, row, variant in (*self._cached, *live)]
+        added = {key: value.to(self.args.device) for key, value in self._collator(rows).items()}
         if live:
-            self._live = self._padded(parts[len(self._cached) :])
-        return self._padded([batch, *parts], batch)
+            self._live = {key: value[len(self._cached) :] for key, value in added.items()}
+        return {**batch, **self._together(batch, added)}
 
     def _drawn(self, examples: list[int]) -> list[tuple[str, int, int]]:
         """The (past, row, variant) that go with rows of the domain; a live teacher sees new masks every time."""
@@ -215,17 +236,15 @@ class Anchor(Method):
     def _is_cached(self, name: str) -> bool:
         return name in self.finished or self.teacher is None
 
-    def _padded(
-        self, parts: list[dict[str, torch.Tensor]], others: Mapping[str, Any] = MappingProxyType({})
-    ) -> dict[str, torch.Tensor]:
-        length, padding = max(part["input_ids"].shape[1] for part in parts), self._collator.padding
-        together = {
+    def _together(self, batch: dict[str, torch.Tensor], added: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Rows of two batches one after the other, padded to the longest."""
+        length, padding = max(len(part["input_ids"][0]) for part in (batch, added)), self._collator.padding
+        return {
             name: torch.cat(
-                [F.pad(part[name], (0, length - part[name].shape[1]), value=padding[name]) for part in parts]
+                [F.pad(part[name], (0, length - part[name].shape[1]), value=value) for part in (batch, added)]
             )
-            for name in ("input_ids", "attention_mask", "labels")
+            for name, value in padding.items()
         }
-        return {**others, **together}
 
     def loss(self, model: nn.Module, batch: dict[str, torch.Tensor], outputs: Output) -> dict[str, torch.Tensor]:
         """λ times the divergence of each prediction in the remembered rows, [predictions], over their share."""

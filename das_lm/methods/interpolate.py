@@ -25,7 +25,8 @@ class InterpolateArguments(Arguments):
     interpolation_alpha: str = knob(
         "0.5",
         "α of θ ← α θ_new + (1 - α) θ_old after a domain (WiSE-FT, 2109.01903), in [0, 1]; 'auto' chooses it on one "
-        "half of the held-out documents of the domains learned so far; the other half is what is reported.",
+        "half of the held-out documents of the domains learned so far, the other half of which is what is reported, "
+        "and on what is remembered.",
     )
     interpolation_slope: NotNegative = knob(
         0.0,
@@ -56,7 +57,8 @@ class Interpolate(Method):
     θ ← α θ_new + (1 − α) θ_old once a domain has been learned, θ_new the average where `ema` makes one; α = 1 is
     `naive`, α = 0 the model before. `"auto"` takes the α in {0, 0.1, …, 1} with the lowest mean loss over the
     trainer's development data: in a walk, one half of the held-out text of the domains learned so far, and of those
-    that `interpolation_domains` names.
+    that `interpolation_domains` names. Rows that are remembered of the base model, and were never trained on, count
+    as a domain more for every source.
 
     A LoRA adapter begins at B = 0, so that α B A, with A as it was learned, is that of the merged weights.
 
@@ -65,6 +67,7 @@ class Interpolate(Method):
 
     needs_domain_ends = True
     protects_base = True
+    draws_remembered = True
     arguments = InterpolateArguments
     search_grid = ("interpolation_alpha", ("0.3", "0.5", "0.7", "0.9"))
     order = 2
@@ -105,7 +108,9 @@ class Interpolate(Method):
             for alpha in GRID:
                 self._set(new, alpha)
                 losses.append(self.trainer.development_loss())
-            self.alpha, self.chosen_on = GRID[losses.index(min(losses))], list(self.trainer.development_dataset)
+            past = self.trainer.remembered.rows_apart() if self.trainer.remembered is not None else {}
+            self.alpha = GRID[losses.index(min(losses))]
+            self.chosen_on = [*self.trainer.development_dataset, *(f"{name}, remembered" for name in past)]
             logger.info("interpolation_alpha %s, chosen on %s", self.alpha, ", ".join(self.chosen_on))
         else:
             self.alpha = float(self.args.interpolation_alpha)

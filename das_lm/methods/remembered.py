@@ -39,6 +39,16 @@ class Source:
     budget: float | None = None
     is_written: bool = False
 
+    @property
+    def rows_to_train_on(self) -> Any:
+        """All rows but those that are kept apart."""
+        return Subset(self.rows, range(len(self.rows) - len(apart(len(self.rows)))))
+
+    @property
+    def rows_apart(self) -> Any:
+        """Rows that nothing is trained on; none of fewer than [`APART`] rows."""
+        return Subset(self.rows, apart(len(self.rows)))
+
 
 class Remembered(Method):
     """
@@ -89,6 +99,11 @@ class Remembered(Method):
             count = round(self.args.memory_size * source.weight / total)
             parts.append(Subset(source.rows, np.resize(numbers, count).tolist()))
         return ConcatDataset(parts)
+
+    def rows_apart(self) -> dict[str, Any]:
+        """Of every source that serves all methods, the rows that nothing is trained on, if there are any."""
+        sources = self.sources if self.for_all else {}
+        return {name: one.rows_apart for name, one in sources.items() if one.weight and len(one.rows_apart)}
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """What the model wrote, and that all this has happened."""

@@ -57,7 +57,7 @@ class Replay(Method):
         past, own = self.trainer.remembered, type(self).__name__
         uses = self.draws_remembered and past is not None and past.for_all
         sources = {f"{own} {name}": one for name, one in past.sources.items()} if uses else {}
-        memories = {name: (one.rows, one.weight) for name, one in sources.items() if one.weight}
+        memories = {name: (one.rows_to_train_on, one.weight) for name, one in sources.items() if one.weight}
         if self.mixes and len(self.memory):
             total = sum(weight for _, weight in memories.values()) or 1.0
             memories[own] = (self.memory, total)

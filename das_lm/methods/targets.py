@@ -123,10 +123,11 @@ class RowsAsMasked:
 
     def batch(self, numbers: Sequence[tuple[int, int]]) -> dict[str, torch.Tensor]:
         """`input_ids`, `attention_mask` and `labels` of some (row, variant), each [rows, tokens]."""
-        batch = self.collator([self._row(row, variant) for row, variant in numbers])
+        batch = self.collator([self.row(row, variant) for row, variant in numbers])
         return {key: value.to(self.trainer.args.device) for key, value in batch.items()}
 
-    def _row(self, number: int, variant: int) -> dict[str, np.ndarray]:
+    def row(self, number: int, variant: int) -> dict[str, np.ndarray]:
+        """`input_ids` and `labels` of one, each [tokens]."""
         row = self.blocks.row(self.rows, ("remembered", self.name), number, variant)
         ids, labels, length = row["input_ids"], row["labels"], len(self.opening)
         if length and np.array_equal(ids[:length], self.opening):

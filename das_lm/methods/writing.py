@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import nn
 from tqdm.auto import tqdm
 
 from das_lm.data.masking import IGNORED
@@ -39,13 +40,15 @@ class Writer:
 
     Args:
         trainer: whose model writes, as it is now.
+        model: that writes instead: a copy of it, as it was.
     """
 
     #: Rows that are written at once.
     batch_size = 64
 
-    def __init__(self, trainer: Engine):
+    def __init__(self, trainer: Engine, model: nn.Module | None = None):
         self.trainer = trainer
+        self.model = trainer.model if model is None else model
 
     def rows(self, count: int, *address: Any, written: Sequence[Row] = ()) -> list[Row]:
         """
@@ -62,7 +65,7 @@ class Writer:
     def batches(self, count: int, *address: Any, begin: int = 0) -> Iterator[list[Row]]:
         """Yield the rows from number `begin` on, in batches of `batch_size`, behind a progress bar."""
         trainer, args = self.trainer, self.trainer.args
-        model, was_training = trainer.model, trainer.model.training
+        model, was_training = self.model, self.model.training
         model.eval()
         hidden = args.disable_tqdm or not trainer.is_world_process_zero()
         with tqdm(total=count, initial=begin, desc="writing text to remember", unit="row", disable=hidden) as bar:
@@ -89,7 +92,7 @@ class Writer:
                 f"max_length: {args.max_length} leaves no room for text beside the {len(before)} tokens with which "
                 "the tokenizer's chat template begins; write more"
             )
-        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        model = self.trainer.accelerator.unwrap_model(self.model)
         ids = torch.tensor([before or prefix or [start_token(tokenizer)]], device=args.device).repeat(rows, 1)
         first = 0 if before or prefix else 1  # what a block does not begin with
         forbidden = sorted(set(tokenizer.all_special_ids) - {separator_of(tokenizer), *prefix, *of_chats})
@@ -117,6 +120,7 @@ class Writer:
         ids[:, 0], ids[:, -1] = empty[0], empty[-1]
         inner = ids == tokenizer.mask_token_id
         forbidden = torch.tensor(sorted(tokenizer.all_special_ids), device=args.device)
+        criterion = self.trainer.criterion.of(self.trainer.accelerator.unwrap_model(self.model))
         for _ in range(args.self_replay_sweeps):
             group = torch.rand(ids.shape, device=args.device).argsort(1).remainder(GROUPS)
             for index in range(GROUPS):
@@ -125,7 +129,7 @@ class Writer:
                 labels = torch.where(drawn, ids, IGNORED)
                 batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
                 with self.trainer.accelerator.autocast():
-                    logits = self.trainer.criterion(self.trainer.model, batch).logits.float()
+                    logits = criterion(self.model, batch).logits.float()
                 logits[:, forbidden] = -torch.inf
                 logits[:, len(tokenizer) :] = -torch.inf
                 ids[drawn] = torch.multinomial(logits.softmax(-1), 1).squeeze(-1)

@@ -77,9 +77,14 @@ class MeasuringTrainer(SavingTrainer):
             }
 
     def development_loss(self) -> float:
-        """Return the mean over the domains of `development_dataset` of the loss on it."""
+        """Return the mean, over the domains of `development_dataset` and what is remembered, of the loss on them; of
+        what is remembered on rows that nothing was trained on."""
         metrics = self.evaluate(self.development_dataset, metric_key_prefix="development")
-        return float(np.mean([metrics[f"development_{name}_loss"] for name in self.development_dataset]))
+        losses = [metrics[f"development_{name}_loss"] for name in self.development_dataset]
+        if past := self.remembered.rows_apart() if self.remembered is not None else {}:
+            measured = self.measure({name: self.inputs.held_out(rows) for name, rows in past.items()})
+            losses += [one.loss for one in measured.values()]
+        return float(np.mean(losses))
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Take all of it: `dataloader_drop_last` is about training."""

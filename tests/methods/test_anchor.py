@@ -330,3 +330,40 @@ def test_what_it_cannot_do_is_refused(tmp_path):
 
     with pytest.raises(UserError, match="'anchor' needs a language model"):
         ContinualTrainer(Module(2, 2), DASConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[]), Anchor())
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_base_model_writes_its_text_anew(kind, tmp_path):
+    """Every so many steps, by the base model and not by what has become of it; and the same after an interruption."""
+
+    def trained(directory, steps, resume=None):
+        options = {"anchor_refresh": 2, "learning_rate": 1e-1, "save_strategy": "steps", "save_steps": 3}
+        trainer = trainer_of(directory, MODELS[kind](), max_steps=6, anchor_share=1.0, **options)
+        seen, add_rows = [], anchor_of(trainer).add_rows
+
+        def noted(batch, until):
+            batch = add_rows(batch, until)
+            seen.append(batch["input_ids"][4:].clone())
+            return batch
+
+        anchor_of(trainer).add_rows = noted
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer, seen
+
+    trainer, seen = trained(tmp_path / "whole", 6)
+    rows = trainer.remembered.sources["self"].rows
+    base = trainer_of(tmp_path / "base", MODELS[kind](), "naive")
+    again = Writer(base).rows(8, "self", "bio", 6)
+    assert [row["input_ids"].tolist() for row in rows] == [row["input_ids"].tolist() for row in again]
+    assert [row["input_ids"].tolist() for row in Writer(base).rows(8, "self", "bio", 4)] != [
+        row["input_ids"].tolist() for row in rows
+    ]
+    resumed, seen_again = trained(tmp_path / "whole", 6, str(tmp_path / "whole" / "checkpoint-3"))
+    assert len(seen_again) == 3 and all(map(torch.equal, seen_again, seen[3:]))
+    for name, one in parameters(trainer.model).items():
+        assert torch.equal(one, parameters(resumed.model)[name]), name
+
+
+def test_who_is_not_there_cannot_write_anew(tmp_path):
+    with pytest.raises(UserError, match="anchor_refresh: with the teacher 'cached'"):
+        trainer_of(tmp_path, tiny_gpt2(), anchor_refresh=2, anchor_teacher="cached").train()

@@ -22,7 +22,8 @@ from tests.methods.helpers import Classifier, equal, parameters, rows
 def trainer_of(directory, model, method, data, **options) -> ContinualTrainer:
     """Of a module, or of a language model if the data is blocks."""
     language = not isinstance(data, list)
-    more = {name: options.pop(name) for name in ("development_dataset", "eval_dataset") if name in options}
+    given = ("development_dataset", "eval_dataset", "remember")
+    more = {name: options.pop(name) for name in given if name in options}
     defaults = {
         "max_steps": 6,
         "per_device_train_batch_size": 4,
@@ -363,6 +364,24 @@ def test_alpha_is_chosen_by_the_development_data(tmp_path):
         trainer_of(tmp_path, copy.deepcopy(model), methods[name], data, **options).train()
     assert methods["old"].alpha < methods["new"].alpha == 1.0
     assert methods["new"].state() == {"interpolation_alpha": 1.0, "interpolation_chosen_on": ["d"]}
+
+
+def test_alpha_is_chosen_on_what_is_remembered_too(tmp_path):
+    """Its rows that are never trained on speak for the base model, which the domain's do not."""
+    model = Classifier()
+    data = [{**row, "labels": torch.tensor(0)} for row in rows(0)]
+    past = [{**row, "labels": model(row["inputs"][None])["logits"][0].argmax()} for row in rows(3, 200)]
+    alphas = []
+    for remember in (None, {"past": past}):
+        method = Interpolate()
+        options = {"interpolation_alpha": "auto", "development_dataset": {"d": data}, "max_steps": 40}
+        trainer = trainer_of(tmp_path, copy.deepcopy(model), method, data, remember=remember, **options)
+        trainer.train()
+        alphas.append(method.alpha)
+    assert alphas[0] == 1.0 > alphas[1]
+    assert method.state()["interpolation_chosen_on"] == ["d", "past, remembered"]
+    apart = trainer.remembered.rows_apart()["past"]
+    assert [apart[0]["inputs"].tolist(), len(apart)] == [past[175]["inputs"].tolist(), 25]
 
 
 def test_a_chosen_alpha_needs_development_data(tmp_path):

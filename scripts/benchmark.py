@@ -5,10 +5,12 @@ that of two steps in a process of its own.
 
     python scripts/benchmark.py --rounds 5
     python scripts/benchmark.py --rounds 5 --causal --vocabulary 151936
+    python scripts/benchmark.py --rounds 5 --steps 9 --only naive anchor
     python scripts/benchmark.py --rounds 9 --per_example
 
-The last measures the per-example squares of gradients (the Fisher of EWC) against a plain forward and backward pass
-of the same batch and against a loop over its examples.
+The third takes the configurations with one of these words in their names. The last measures the per-example squares of
+gradients (the Fisher of EWC) against a plain forward and backward pass of the same batch and against a loop over its
+examples.
 """
 
 from __future__ import annotations
@@ -54,6 +56,7 @@ from das_lm.units import Units
 from das_lm.units.importance import Importance
 
 CONFIGURATIONS = {
+    "naive": {"method": "naive"},
     "soft masks only": {"contrast_weight": 0.0},
     "DAS": {},
     "DAS, no gradient through the prior view": {"contrast_prior_gradient": False},
@@ -121,6 +124,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--causal", action="store_true", help="a model shaped like gpt2 instead")
     parser.add_argument("--vocabulary", type=int, default=50265, help="tokens that the model knows")
     parser.add_argument("--bf16", action="store_true", help="autocast to bf16")
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="configurations with such a word, and no importance")
     parser.add_argument("--json", help="write the measurements to this file")
     parser.add_argument("--per_example", action="store_true", help="measure per-example gradients, nothing else")
     parser.add_argument("--peak_of", help=argparse.SUPPRESS)  # print the peak memory of one configuration, no more
@@ -198,6 +202,9 @@ def main() -> None:
             return trainer
 
         makers = {"plain Trainer": plain, **{name: (lambda c=c: das(**c)) for name, c in configurations.items()}}
+        if options.only:
+            words = ("plain Trainer", *options.only)
+            makers = {name: make for name, make in makers.items() if any(word in name for word in words)}
         if options.peak_of:
             trainer = makers[options.peak_of]()
             with PeakMemory() as memory:
@@ -206,10 +213,7 @@ def main() -> None:
             return
         peaks = {name: _peak_in_own_process(name) for name in makers}
         steps: dict[str, list[float]] = {name: [] for name in makers}
-        passes: dict[str, list[float]] = {
-            "importance pass, gradient": [],
-            "importance pass, proxy (per row)": [],
-        }
+        passes: dict[str, list[float]] = {}
         for _ in range(options.rounds):
             for name, make in makers.items():
                 clock, trainer = StepClock(), make()
@@ -218,14 +222,16 @@ def main() -> None:
                 steps[name].append(statistics.median(clock.seconds))
                 del trainer
                 model.zero_grad(set_to_none=True)
-            method = das().methods[0]
-            for name, measure, views in zip(
-                passes, (method._domain_importance, method._proxy_importance), (1, 2), strict=True
-            ):
-                start = time.perf_counter()
-                measure()
-                _synchronize()
-                passes[name].append((time.perf_counter() - start) / 4 / views)
+            if not options.only:
+                method = das().methods[0]
+                for name, measure, views in (
+                    ("importance pass, gradient", method._domain_importance, 1),
+                    ("importance pass, proxy (per row)", method._proxy_importance, 2),
+                ):
+                    start = time.perf_counter()
+                    measure()
+                    _synchronize()
+                    passes.setdefault(name, []).append((time.perf_counter() - start) / 4 / views)
             print(".", end="", flush=True)
     print()
     _report(options, steps, passes, peaks)

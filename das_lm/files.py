@@ -11,6 +11,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -169,3 +170,11 @@ def is_about_disk(error: BaseException) -> bool:
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def recipe_folders() -> list[Path]:
+    """Where recipes with a name are: those of the package, within it where a wheel was installed, beside it in a
+    source checkout; and `recipes/` of the working directory."""
+    package = Path(str(resources.files("das_lm")))
+    shipped = package / "recipes"
+    return [shipped if shipped.is_dir() else package.with_name("recipes"), Path("recipes")]

@@ -141,16 +141,17 @@ class World:
         args = self.args
         path = args.output / f"{name} {seed}.json"
         if not path.is_file():
-            kind, _, rate = name.partition(" @")
-            given: dict[str, Any] = {"anchor_weight": args.weight}
-            if kind.startswith(("self", "budget")):
+            kind, rate = name.split(" @")
+            kind, _, weight = kind.partition(" λ")
+            given: dict[str, Any] = {"anchor_weight": float(weight or 1)}
+            if kind in ("self", "budget", "budget of self"):
                 given["remember"] = self.written(args.rows, seed)
             elif kind == "foreign":
                 given["remember"] = self.foreign
             if kind == "budget":
                 given["drift_budget"] = args.budget
             elif kind == "budget of self":
-                given["drift_budget"] = max(self.made(f"self @{rate}", seed)["drift"], 1e-4)
+                given["drift_budget"] = max(self.made(f"self λ1 @{rate}", seed)["drift"], 1e-4)
             method = "naive" if kind == "plain" else "anchor"
             write_json(path, self.run(method, float(rate), seed, **given))
         return json.loads(path.read_text(encoding="utf-8"))
@@ -202,7 +203,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--compared", type=int, default=10, help="so many seeds make the runs without a budget, too")
     parser.add_argument("--budget", type=float, default=0.02)
-    parser.add_argument("--weight", type=float, default=1.0, help="λ")
+    parser.add_argument("--weights", nargs="+", type=float, default=[1.0], help="λ of the runs without a budget")
     parser.add_argument("--share", type=float, default=0.25, help="remembered rows per row of the domain")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch_size", type=int, default=8)
@@ -223,7 +224,9 @@ def main() -> None:
     found: dict[str, list[dict[str, Any]]] = {}
     for seed in range(args.seeds):
         names = [f"plain @{rate}" for rate in args.learning_rates] if "plain" in args.runs else []
-        names += [f"{kind} @{args.learning_rate}" for kind in args.runs if kind != "plain"]
+        for kind in args.runs:
+            weights = [f" λ{weight:g}" for weight in args.weights] if kind in ("self", "foreign") else [""]
+            names += [f"{kind}{weight} @{args.learning_rate}" for weight in weights if kind != "plain"]
         for name in names if seed < args.compared else [one for one in names if one.startswith("budget @")]:
             one = world.made(name, seed)
             found.setdefault(name, []).append(one)

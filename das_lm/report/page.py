@@ -26,6 +26,7 @@ from das_lm.report.benchmark_plots import draw_benchmark
 from das_lm.report.compare import compare
 from das_lm.report.drawing import Drawing, Rows, Strong, drawing_style
 from das_lm.report.figures import KINDS, draw, frontier
+from das_lm.report.plain import beside_plain, plain_finding, plain_twin
 from das_lm.report.runs import find_runs, is_finished
 from das_lm.report.words import between, budget_findings, change, score
 from das_lm.terminal import Console, printable
@@ -122,8 +123,11 @@ def _sections(places: Mapping[Path, Results | Report], labels: Mapping[Path, str
                 section = _comparison(runs)
             else:
                 path, loaded = list(places.items())[number - 1]
-                build = _run_section if isinstance(loaded, Results) else _benchmark_section
-                section = build(loaded, f"{number}-{re.sub(r'[^A-Za-z0-9._-]+', '-', labels[path])}", labels[path])
+                place = f"{number}-{re.sub(r'[^A-Za-z0-9._-]+', '-', labels[path])}", labels[path]
+                if isinstance(loaded, Results):
+                    section = _run_section(loaded, plain_twin(loaded, path), *place)
+                else:
+                    section = _benchmark_section(loaded, *place)
         caption = f"figures of {escape(section.title)}"
         for drawing in track(section.drawings, caption, console=console, disable=not console.is_terminal):
             drawing.save(figures, drawing.name if len(places) == 1 else f"{section.name}-{drawing.name}")
@@ -170,7 +174,7 @@ def _render(title: str, sections: Sequence[Section]) -> str:
 # ---- a run ----------------------------------------------------------------------------------------------------------
 
 
-def _run_section(results: Results, name: str, title: str) -> Section:
+def _run_section(results: Results, plain: Results | None, name: str, title: str) -> Section:
     run = results.run
     documents = run.get("documents", {})
     domains = [["domain", "learned in", "training documents", "held-out documents", "predictions scored"]]
@@ -185,8 +189,11 @@ def _run_section(results: Results, name: str, title: str) -> Section:
         title,
         notes=_notes(results),
         words=_words(results),
-        findings=_findings(results),
-        tables={f"Gain, transfer and forgetting{bold}": _figures_table(results)},
+        findings=[*([plain_finding(results, plain)] if plain else []), *_findings(results)],
+        tables={
+            **({"Beside plain training": beside_plain(results, plain)} if plain else {}),
+            f"Gain, transfer and forgetting{bold}": _figures_table(results),
+        },
         drawings=draw(results),
         more={**_further_tables(results), "Domains": domains},
         facts=_facts(results),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from das_lm.errors import UserError, did_you_mean
+from das_lm.files import recipe_folders
 from das_lm.plain_words import describe_value, explain, key_path
 from das_lm.run.arguments import NO_SECRET, KeyPath, check_training, secrets_in
 from das_lm.run.overrides import override, with_training
@@ -21,12 +21,8 @@ MOST_KEYS = 10_000
 
 
 def recipes() -> dict[str, Path]:
-    """Name -> file of the recipes in `recipes/` of the working directory, or else of the package: within it where a
-    wheel was installed, beside it in a source checkout."""
-    package = Path(str(resources.files("das_lm")))
-    shipped = package / "recipes"
-    folders = [shipped if shipped.is_dir() else package.with_name("recipes"), Path("recipes")]
-    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
+    """Name -> file of the recipes that can be named; of one name, the working directory's."""
+    return {path.stem: path for folder in recipe_folders() for path in sorted(folder.glob("*.yaml"))}
 
 
 def describe_recipes() -> dict[str, str]:

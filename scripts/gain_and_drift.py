@@ -6,6 +6,10 @@ of the fixed λ as its budget. Drift is the rise of the loss on text that the ba
 that nothing was trained on; gain is the fall of the loss on held-out text of the domain; both in nats per token. Every
 finished run is kept in ``--output`` and not made again.
 
+The runs ``das …`` are the soft-masks of DAS alone (of the update, which Adam does not cancel), with importance from
+dropout or from what the model writes; of the shuffled ones every layer's importances are dealt out to its units at
+random, so that which unit is held back is chance.
+
 A model of a GGUF file serves as well: ``--gguf FILE`` writes it to ``--model`` first.
 """
 
@@ -25,13 +29,27 @@ import transformers
 from das_lm import ContinualConfig, ContinualTrainer, Domain
 from das_lm.files import write_json
 from das_lm.measure.intervals import Estimate
+from das_lm.methods import DAS
 from das_lm.methods.writing import Writer, chat_opening, facts_of, load_written, save_written
 from das_lm.model.loading import load_model, load_tokenizer, model_path
+from das_lm.randomness import permutation
 from das_lm.report.frontier import Frontier
 from das_lm.run.recipe import Recipe
+from das_lm.units.soft_mask import SoftMask
 
-RUNS = ("plain", "self", "foreign", "budget", "budget of self")
+DAS_RUNS = ("das proxy", "das proxy shuffled", "das remembered", "das remembered shuffled")
+RUNS = ("plain", "self", "foreign", "budget", "budget of self", *DAS_RUNS)
 FRESH_SEED = 10_000  # of the text that drift is measured on
+
+
+class Shuffled(DAS):
+    """DAS, with the importances of every layer dealt out to its units at random."""
+
+    def begin_domain(self) -> None:
+        super().begin_domain()
+        args, values = self.args, self.importance.values
+        dealt = {key: one[permutation(len(one), args.seed, "dealt", key)] for key, one in values.items()}
+        self.mask = SoftMask(self.units, dealt, args.soft_mask_target, args.soft_mask_units, args.soft_mask_strength)
 
 
 class World:
@@ -56,7 +74,7 @@ class World:
             model = peft.get_peft_model(model, lora)
         return model
 
-    def trainer(self, scratch: str, method: str, learning_rate: float, seed: int, **given: Any) -> ContinualTrainer:
+    def trainer(self, scratch: str, method: Any, learning_rate: float, seed: int, **given: Any) -> ContinualTrainer:
         args = self.args
         remember = given.pop("remember", None)
         torch.manual_seed(seed)  # of the adapter
@@ -114,7 +132,7 @@ class World:
         bio = measured["bio"]
         return {"fresh": torch.tensor(fresh_nats / fresh_tokens), "bio": torch.tensor(bio.nats / bio.tokens)}
 
-    def run(self, method: str, learning_rate: float, seed: int, **given: Any) -> dict[str, Any]:
+    def run(self, method: Any, learning_rate: float, seed: int, **given: Any) -> dict[str, Any]:
         """Train once, and measure."""
         with TemporaryDirectory() as scratch:
             trainer = self.trainer(scratch, method, learning_rate, seed, **given)
@@ -152,7 +170,11 @@ class World:
                 given["drift_budget"] = args.budget
             elif kind == "budget of self":
                 given["drift_budget"] = max(self.made(f"self λ1 @{rate}", seed)["drift"], 1e-4)
-            method = "naive" if kind == "plain" else "anchor"
+            method: Any = "naive" if kind == "plain" else "anchor"
+            if kind in DAS_RUNS:
+                method = Shuffled() if kind.endswith("shuffled") else DAS()
+                given = {"contrast_weight": 0.0, "soft_mask_target": "update", "importance": kind.split()[1]}
+                given["remember"] = self.written(args.rows, seed)
             write_json(path, self.run(method, float(rate), seed, **given))
         return json.loads(path.read_text(encoding="utf-8"))
 

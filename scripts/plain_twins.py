@@ -1,8 +1,8 @@
 """Plain training beside the built-in recipes, for their reports: ``python scripts/plain_twins.py bio_then_cs …``.
 
 Runs each recipe with ``--method naive`` and keeps its `forgetting.json` as ``recipes/plain/RECIPE/forgetting.json``,
-without what reports of a twin do not show (curves, importance, keys of a cache). To be made anew whenever a recipe, its
-text or a built-in model changes; `tests/report/test_plain.py` compares.
+without what reports of a twin do not show (curves, importance, keys of a cache). To be made anew whenever a recipe,
+its text or a built-in model changes; `tests/report/test_plain.py` compares.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -163,6 +164,18 @@ class MeasuringTrainer(SavingTrainer):
             check_signals()
             batch = self.data_collator([blocks[index] for index in mine[start : start + size]])
             yield {name: value.to(self.args.device) for name, value in batch.items()}
+
+    def figures(self) -> dict[str, float]:
+        """What the methods log, summed up where several have a figure of one name (`penalty`)."""
+        figures: dict[str, float] = defaultdict(float)
+        for method in self.methods:
+            for name, value in method.logs().items():
+                figures[name] += value
+        return figures
+
+    def check_finite(self, tensors: Mapping[str, torch.Tensor], what: str) -> None:
+        """See [`Guard.check`]."""
+        self.guard.check(tensors, what)
 
     def gradient_of(self, batch: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         """Return the gradient of the loss on a batch, averaged over processes: one tensor per trainable parameter, in

@@ -40,15 +40,18 @@ class TokensSeen:
                 for name, count in found.items():
                     self._counts[self._numbers[name]] = count
 
-    def note(self, batch: Mapping[str, torch.Tensor], own: int) -> None:
+    def note(self, batch: Mapping[str, torch.Tensor], inputs: Mapping[str, torch.Tensor]) -> None:
         """
-        Count a batch.
+        Count a batch of text; of other data nothing.
 
         Args:
             batch: with `attention_mask`, [rows, tokens].
-            own: so many of its rows come first: the domain's, with `replayed_from` where a memory stands in for some.
-                What methods append comes after, in the order of the methods; second views of rows come last.
+            inputs: its first rows: the domain's, with `replayed_from` where a memory stands in for some. What methods
+                append comes after, in the order of the methods; second views of rows come last.
         """
+        if self.trainer.units is None:
+            return
+        own = len(inputs["input_ids"])
         tokens = batch["attention_mask"].sum(1)
         names = [self.trainer.domain, *map(_replayed, self.trainer.train_dataset.memories)]
         self._register(names)

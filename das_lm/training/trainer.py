@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import pickle
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
@@ -26,17 +25,15 @@ from das_lm.training import given, inputs, resuming
 from das_lm.training.cpu import keep_freed_memory
 from das_lm.training.guard import Guard
 from das_lm.training.hooks import Hooks
-from das_lm.training.measuring import MeasuringTrainer
-from das_lm.training.optimizer import scale_learning_rate
+from das_lm.training.optimizer import OptimizingTrainer
 from das_lm.training.remembering import remembered_by
 from das_lm.training.tokens_seen import TokensSeen
 from das_lm.units import Architecture, Units
-from das_lm.units.sharding import named_parameters
 
 logger = logging.getLogger(__name__)
 
 
-class ContinualTrainer(MeasuringTrainer):
+class ContinualTrainer(OptimizingTrainer):
     """
     Learns one domain with one or several continual-learning methods.
 
@@ -155,9 +152,8 @@ class ContinualTrainer(MeasuringTrainer):
             check_head_in_chunks(self.units)
         causal = self.units.model.can_generate()
         separated = causal and self.args.separate_documents and ends_documents(self.processing_class)
-        self.criterion = LanguageModeling(
-            self.units, causal, separator_of(self.processing_class) if separated else None
-        )
+        separator = separator_of(self.processing_class) if separated else None
+        self.criterion = LanguageModeling(self.units, causal, separator)
 
     def _make_methods(self) -> None:
         """The methods, attached to the model that is here."""
@@ -199,7 +195,6 @@ class ContinualTrainer(MeasuringTrainer):
         if self.train_dataset is None or len(self.train_dataset) == 0:
             raise UserError(f"domain '{self.domain}' has no text to train on")
         self._resumes_from = resuming.go_on(self, resume_from_checkpoint)
-        self._frozen: set[str] = set()
         self.guard.begin()
         signals = self._hooks.begin()
         try:
@@ -211,7 +206,7 @@ class ContinualTrainer(MeasuringTrainer):
                 "resume from an older one"
             ) from error
         finally:
-            self._set_frozen(False)
+            self.unfreeze()
 
     def _hp_search_setup(self, trial: Any) -> None:
         """The model that will be trained is here, and in a search the arguments of the trial."""
@@ -221,40 +216,14 @@ class ContinualTrainer(MeasuringTrainer):
             self.inputs.again(self.train_dataset)
             self._make_methods()
         self.tokens_seen.begin(self._resumes_from)
-        if self._resumes_from:
-            for method in self.methods:
-                method.load(Path(self._resumes_from))
-        warning = without_effect(self.methods)
-        if warning and self.tells_of_methods_without_effect:
+        for method in self.methods if self._resumes_from else ():
+            method.load(Path(self._resumes_from))
+        if self.tells_of_methods_without_effect and (warning := without_effect(self.methods)):
             logger.warning("domain '%s': %s", self.domain, warning)
-        others = {id(one) for one in self._non_units()} if self.args.non_unit_lr_scale == 0 else set()
-        self._frozen = {name for name, one in named_parameters(self.model).items() if id(one) in others}
-        self._set_frozen(True)
-
-    def _set_frozen(self, frozen: bool) -> None:
-        """By name: sharding puts other parameters in the place of these."""
-        for name, parameter in named_parameters(self.model).items() if self._frozen else ():
-            if name in self._frozen:
-                parameter.requires_grad_(not frozen)
+        self.freeze()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)  # it shuffles itself, by address
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The Trainer's optimizer, with a learning rate of its own for the parameters that are no units."""
-        is_given, scale = self.optimizer is not None, self.args.non_unit_lr_scale
-        named_parameters(self.model)  # of a sharded model, the slices are in place now
-        optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
-        if not is_given and scale != 1:
-            scale_learning_rate(optimizer, self._non_units(), scale)
-        self._parameter_groups = [list(group["params"]) for group in optimizer.param_groups]
-        return optimizer
-
-    def _non_units(self) -> list[nn.Parameter]:
-        """The trainable parameters that belong to no unit: embeddings, norms, LM head."""
-        owned = self.units.owned_parameters()
-        named = named_parameters(self.units.model)
-        return [parameter for name, parameter in named.items() if name not in owned and parameter.requires_grad]
 
     # ---- one step, in this order -----------------------------------------------------------------------------------
 
@@ -285,8 +254,7 @@ class ContinualTrainer(MeasuringTrainer):
         if model.training:
             for method in self.methods:
                 batch = method.add_rows(batch, self._until_backward)
-            if self.units is not None:
-                self.tokens_seen.note(batch, len(inputs["input_ids"]))
+            self.tokens_seen.note(batch, inputs)
         outputs = self.criterion(model, batch, self.args.chunked_cross_entropy)
         if outputs.loss is not None:
             loss = self._share(outputs.loss, num_items_in_batch)
@@ -316,11 +284,6 @@ class ContinualTrainer(MeasuringTrainer):
             share = share * self.accelerator.num_processes
         return share
 
-    @property
-    def gradient_scale(self) -> float:
-        """What the gradients have been multiplied by before the step (fp16), otherwise 1."""
-        return self.accelerator.scaler.get_scale() if self.accelerator.scaler is not None else 1.0
-
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The norm of the gradient before clipping. The Trainer asks for it after it has clipped, last before the
         optimizer steps, so that this is where a step is stopped that would spoil the weights."""
@@ -343,18 +306,6 @@ class ContinualTrainer(MeasuringTrainer):
             logs.update(self.guard.means(self.state.global_step))
             logs.update(self.figures())
         super().log(logs, start_time)
-
-    def figures(self) -> dict[str, float]:
-        """What the methods log, summed up where several have a figure of one name (`penalty`)."""
-        figures: dict[str, float] = defaultdict(float)
-        for method in self.methods:
-            for name, value in method.logs().items():
-                figures[name] += value
-        return figures
-
-    def check_finite(self, tensors: Mapping[str, torch.Tensor], what: str) -> None:
-        """See [`Guard.check`]."""
-        self.guard.check(tensors, what)
 
 
 class DASTrainer(ContinualTrainer):

@@ -252,24 +252,13 @@ def benchmark(
 
         choices = {method: Choice(chosen=known.get(method, {})) for method in methods}
         if search:
-            points = {method: grid(method, options) for method in methods}
-            todo = [
-                replace(runs[method], seed=seed, options={**options, **point}, split="development")
-                for method, one in points.items()
-                for point in one
-                for seed in search_seeds
-            ]
-            scores = iter([_final(outcome, described.measure) for outcome in go("search", todo, may_fail=True)])
-            for method, one in points.items():
-                if one:
-                    means = [_mean([next(scores) for _ in search_seeds]) for _ in one]
-                    choices[method] = choose(one, means, method)
+            choices |= _searched(runs, options, search_seeds, described.measure, go)
         todo = [
             replace(runs[method], seed=seed, options={**options, **choices[method].chosen})
             for method in methods
             for seed in seeds
         ]
-        outcomes = iter(go("runs", todo, may_fail=False))
+        outcomes = iter(go("runs", todo, False))
     report = Report(
         experiment=experiment,
         description=described.description,
@@ -293,6 +282,26 @@ def benchmark(
     console.print(*report.tables(), sep="\n")
     console.print(f"Tables: {output / TABLE_NAME}    Plots: {output}/*.png", soft_wrap=True, markup=False)
     return report
+
+
+def _searched(
+    runs: Mapping[str, BenchmarkRun],
+    options: Mapping[str, Any],
+    seeds: Sequence[int],
+    measure: str,
+    go: Callable[[str, list[BenchmarkRun], bool], list[Results | None]],
+) -> dict[str, Choice]:
+    """What each method's main knob is to be, by development data: all points of all methods, each over the seeds."""
+    points = {method: grid(method, options) for method in runs}
+    todo = [
+        replace(runs[method], seed=seed, options={**options, **point}, split="development")
+        for method, one in points.items()
+        for point in one
+        for seed in seeds
+    ]
+    scores = iter([_final(outcome, measure) for outcome in go("search", todo, True)])
+    means = {method: [_mean([next(scores) for _ in seeds]) for _ in one] for method, one in points.items()}
+    return {method: choose(one, means[method], method) for method, one in points.items() if one}
 
 
 def _choices_of(directory: Path, methods: Sequence[str], options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -342,6 +351,8 @@ def _check_numbers(
 
 
 def checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of [`ContinualConfig`] for all runs, as it has them. Raises `UserError` for what is none, or is given
+    elsewhere."""
     for key in options:
         if key in ELSEWHERE:
             raise UserError(f"{key}: {ELSEWHERE[key]}")

@@ -15,6 +15,7 @@ from das_lm.training.trainer import ContinualTrainer
 from tests.helpers import run_recipe
 
 OPTIONS = {
+    "anchor": ["--memory_size", "16", "--self_replay_sweeps", "1"],
     "gem": ["--memory_size", "4"],
     "ncl": ["--optim", "sgd", "--max_grad_norm", "0"],
     "scp": ["--scp_projections", "2"],

@@ -61,7 +61,11 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "`replay`": ("replay", {}),
     "`self_replay`": ("self_replay", {}),
     "`self_replay`, `self_replay_target: distributions`": ("self_replay", {"self_replay_target": "distributions"}),
+    "`anchor`, a copy as teacher": ("anchor", {"anchor_teacher": "copy"}),
+    "`anchor`, cached targets": ("anchor", {"anchor_teacher": "cached"}),
     "`lwf`": ("lwf", {}),
+    "`gate`, `token_weighting: flow`": ("gate", {"token_weighting": "flow"}),
+    "`pull_back`": ("pull_back", {}),
     "`interpolate`": ("interpolate", {}),
     "`ema`": ("ema", {}),
 }
@@ -234,7 +238,8 @@ def main() -> None:
             except UserError:
                 beside = "refused"
         figures = " | ".join(f"{number / trained:.1f}" for number in (watch.between, watch.step, watch.end))
-        is_copied = options.get("self_replay_target") == "distributions"  # the model, which a sharded one cannot be
+        # The model, which a sharded one cannot be.
+        is_copied = options.get("self_replay_target") == "distributions" or options.get("anchor_teacher") == "copy"
         sharded = "÷ N" if METHODS[name].works_sharded and not is_copied else "refused"
         print(f"| {label} | {figures} | {beside} | {sharded} |", flush=True)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from tests.helpers import WORDS, build_tokenizer, run_recipe, save_model, tiny_roberta
+from tests.helpers import WORDS, build_tokenizer, run_recipe, save_model, tiny_roberta, write_texts
 
 #: Files that take longest come first, so that no process waits for another in the end.
 LONGEST = (
@@ -78,11 +78,7 @@ def world(tmp_path_factory) -> Path:
     """A tiny model, three domains of text that use different words, and a recipe."""
     root = tmp_path_factory.mktemp("world")
     save_model(tiny_roberta(dropout=0.1), root / "model")
-    for number, name in enumerate(("old", "bio", "cs")):
-        draw = random.Random(number)
-        words = [f"w{index}" for index in range(20 * number, 20 * number + 19)]
-        lines = {" ".join(draw.choices(words, k=draw.randint(8, 20))) for _ in range(60)}
-        (root / f"{name}.txt").write_text("\n".join(sorted(lines)))
+    write_texts(root)
     (root / "recipe.yaml").write_text(
         f"""
 model_name_or_path: {root}/model

@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import os
+import random
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -100,6 +102,17 @@ def save_model(model, directory: Path) -> Path:
     model.save_pretrained(directory)
     build_tokenizer().save_pretrained(directory)
     return directory
+
+
+def write_texts(
+    root: Path, words: Mapping[str, Sequence[str]] | None = None, lengths: tuple[int, int] = (8, 20)
+) -> None:
+    """`NAME.txt` with up to 60 lines for each domain, of its own words: by default `old`, `bio` and `cs`."""
+    words = words or {name: WORDS[20 * number : 20 * number + 19] for number, name in enumerate(("old", "bio", "cs"))}
+    for number, (name, own) in enumerate(words.items()):
+        draw = random.Random(number)
+        lines = {" ".join(draw.choices(own, k=draw.randint(*lengths))) for _ in range(60)}
+        (root / f"{name}.txt").write_text("\n".join(sorted(lines)))
 
 
 def run_recipe(world: Path, output: Path, *options: str) -> int:

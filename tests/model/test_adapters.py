@@ -30,25 +30,13 @@ from tests.model.helpers import (
     tiny_llama,
     weights_of,
 )
+from tests.training.helpers import config
 
 BUILDERS = {"roberta": tiny_roberta, "gpt2": tiny_gpt2, "llama": tiny_llama}
 
 
 def trainer_of(directory, model, method="naive", peft_config=None, domain="bio", **options) -> ContinualTrainer:
-    defaults = {
-        "max_steps": 3,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant",
-        "logging_steps": 1,
-        "max_length": 12,
-        "importance_samples": 8,
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "report_to": [],
-        "save_strategy": "no",
-    }
-    args = DASConfig(output_dir=str(directory), **{**defaults, **options})
+    args = config(directory, **options)
     blocks = random_blocks(40)
     return ContinualTrainer(
         model, args, method, blocks, processing_class=TOKENIZER, domain=domain, peft_config=peft_config

@@ -24,7 +24,7 @@ from das_lm.errors import UserError
 from das_lm.measure.results import Results
 from das_lm.methods import METHODS
 from das_lm.methods.writing import Writer
-from tests.helpers import BOS, EOS, PAD, VOCABULARY, build_tokenizer, random_blocks, tiny_roberta
+from tests.helpers import BOS, EOS, PAD, VOCABULARY, build_tokenizer, random_blocks, tiny_roberta, write_texts
 from tests.model.helpers import LLAMA_SHAPE, SHAPE, tiny_gpt2, tiny_llama
 
 
@@ -326,11 +326,7 @@ def world(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("causal")
     tiny_llama().save_pretrained(root / "model")
     build_tokenizer().save_pretrained(root / "model")
-    for number, name in enumerate(("old", "bio", "cs")):
-        draw = random.Random(number)
-        words = [f"w{index}" for index in range(20 * number, 20 * number + 19)]
-        lines = {" ".join(draw.choices(words, k=draw.randint(8, 20))) for _ in range(60)}
-        (root / f"{name}.txt").write_text("\n".join(sorted(lines)))
+    write_texts(root)
     (root / "recipe.yaml").write_text(
         f"""
 model_name_or_path: {root}/model

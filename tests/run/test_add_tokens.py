@@ -1,7 +1,6 @@
 """New words in the walk: the tokenizer and the embeddings grow before a domain, and the measures stay comparable."""
 
 import json
-import random
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from das_lm.cli import main
 from das_lm.data.built_in import BASE_MODEL
 from das_lm.measure.results import Results
 from das_lm.training.trainer import ContinualTrainer
-from tests.helpers import tiny_roberta
+from tests.helpers import tiny_roberta, write_texts
 
 WORDS = {
     "old": ["morning", "market", "village", "council", "weather", "station", "football", "season", "winter", "report"],
@@ -43,10 +42,7 @@ def world(tmp_path_factory) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(BASE_MODEL)
     tiny_roberta(vocab_size=len(tokenizer), initializer_range=0.02).save_pretrained(root / "model")
     tokenizer.save_pretrained(root / "model")
-    for number, (name, words) in enumerate(WORDS.items()):
-        draw = random.Random(number)
-        lines = {" ".join(draw.choices(words, k=draw.randint(4, 8))) for _ in range(60)}
-        (root / f"{name}.txt").write_text("\n".join(sorted(lines)))
+    write_texts(root, WORDS, lengths=(4, 8))
     (root / "recipe.yaml").write_text(
         f"""
 model_name_or_path: {root}/model

@@ -1,10 +1,10 @@
 """What is gained and what is lost, and whether a drift budget holds: ``python scripts/gain_and_drift.py``.
 
 One domain (biomedicine) with a model that writes its own past, causal. Of every seed: plain training over several
-learning rates, the anchor on text of the model's own at a fixed λ, on foreign text, with a budget, and with the drift
-of the fixed λ as its budget. Drift is the rise of the loss on text that the base model wrote with another seed, and
-that nothing was trained on; gain is the fall of the loss on held-out text of the domain; both in nats per token. Every
-finished run is kept in ``--output`` and not made again.
+learning rates, the anchor on text of the model's own at a fixed λ, on foreign text, with a budget, and with what the
+fixed λ drifts, on rows apart, as its budget. Drift is the rise of the loss on text that the base model wrote with
+another seed, and that nothing was trained on; gain is the fall of the loss on held-out text of the domain; both in nats
+per token. Every finished run is kept in ``--output`` and not made again.
 
 The runs ``das …`` are the soft-masks of DAS alone (of the update, which Adam does not cancel), with importance from
 dropout or from what the model writes; of the shuffled ones every layer's importances are dealt out to its units at
@@ -29,7 +29,7 @@ import transformers
 from das_lm import ContinualConfig, ContinualTrainer, Domain
 from das_lm.files import write_json
 from das_lm.measure.intervals import Estimate
-from das_lm.methods import DAS
+from das_lm.methods import DAS, Anchor
 from das_lm.methods.writing import Writer, chat_opening, facts_of, load_written, save_written
 from das_lm.model.loading import load_model, load_tokenizer, model_path
 from das_lm.randomness import permutation
@@ -143,6 +143,8 @@ class World:
             result = trainer.train()
             after = self.losses(trainer)
             state = {key: value for one in trainer.methods for key, value in one.state().items()}
+            anchors = [one for one in trainer.methods if isinstance(one, Anchor) and "self" in one.pasts]
+            apart = [float(one.divergence_apart("self").mean()) for one in anchors]  # as the budget measures
         rise = after["fresh"] - torch.tensor(before["fresh"])
         fall = torch.tensor(before["bio"]) - after["bio"]
         half = 1.96 * float(rise.std()) / len(rise) ** 0.5
@@ -150,6 +152,7 @@ class World:
             "gain": float(fall.mean()),
             "drift": float(rise.mean()),
             "drift_interval": [float(rise.mean()) - half, float(rise.mean()) + half],
+            **({"apart": apart[0]} if apart else {}),
             "seconds": round(result.metrics["train_runtime"], 1),
             **{key: state[key] for key in ("divergence", "landed_at", "budget_holds") if key in state},
         }
@@ -169,7 +172,7 @@ class World:
             if kind == "budget":
                 given["drift_budget"] = args.budget
             elif kind == "budget of self":
-                given["drift_budget"] = max(self.made(f"self λ1 @{rate}", seed)["drift"], 1e-4)
+                given["drift_budget"] = max(self.made(f"self λ1 @{rate}", seed)["apart"], 1e-4)
             method: Any = "naive" if kind == "plain" else "anchor"
             if kind in DAS_RUNS:
                 method = Shuffled() if kind.endswith("shuffled") else DAS()

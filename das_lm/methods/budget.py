@@ -23,7 +23,7 @@ RATE = 1 / 64
 #: λ stays within this factor of its first value, above and below.
 WIDEST = 1000.0
 #: While the learning rate is high, so is the divergence: at the beginning it may be so many times the bound more.
-SLACK = 3.0
+SLACK = 0.5
 #: Halvings of the way back to the weights before the domain.
 HALVINGS = 7
 

@@ -7,10 +7,11 @@ that of two steps in a process of its own.
     python scripts/benchmark.py --rounds 5 --causal --vocabulary 151936
     python scripts/benchmark.py --rounds 5 --steps 9 --only naive anchor
     python scripts/benchmark.py --rounds 9 --per_example
+    python scripts/benchmark.py --rounds 5 --writing
 
-The third takes the configurations with one of these words in their names. The last measures the per-example squares of
+The third takes the configurations with one of these words in their names. The next measures the per-example squares of
 gradients (the Fisher of EWC) against a plain forward and backward pass of the same batch and against a loop over its
-examples.
+examples; the last the tokens per second of text that a model writes of itself, against `generate` with the same batch.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ import torch.nn.functional as F
 from datasets import Dataset
 from tokenizers import Tokenizer, models
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedTokenizerFast,
@@ -43,13 +46,15 @@ from transformers import (
 )
 from transformers import TrainingArguments as PlainArguments
 
-from das_lm import DASConfig, DASTrainer
+from das_lm import ContinualTrainer, DASConfig, DASTrainer
 from das_lm.classic import MLP
 from das_lm.data.blocks import TrainingBlocks
-from das_lm.data.built_in import BASE_MODEL
+from das_lm.data.built_in import BASE_MODEL, MODELS
 from das_lm.data.collating import PaddingCollator
 from das_lm.data.masking import IGNORED, MLMMasking, NextTokens
+from das_lm.data.packing import start_token
 from das_lm.methods.per_example import PerExample
+from das_lm.methods.writing import Writer
 from das_lm.model.objective import LanguageModeling
 from das_lm.training.cpu import keep_freed_memory
 from das_lm.units import Units
@@ -127,6 +132,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", metavar="WORD", help="configurations with such a word, and no importance")
     parser.add_argument("--json", help="write the measurements to this file")
     parser.add_argument("--per_example", action="store_true", help="measure per-example gradients, nothing else")
+    parser.add_argument("--writing", action="store_true", help="measure text that a model writes, nothing else")
     parser.add_argument("--peak_of", help=argparse.SUPPRESS)  # print the peak memory of one configuration, no more
     return parser.parse_args()
 
@@ -152,6 +158,8 @@ def main() -> None:
     torch.manual_seed(0)
     if options.per_example:
         return per_example(options.rounds)
+    if options.writing:
+        return writing(options.rounds, options.length)
     tokenizer, shape = _tokenizer(options.vocabulary), {"vocab_size": options.vocabulary}
     configurations = dict(CONFIGURATIONS)
     if options.causal:
@@ -235,6 +243,41 @@ def main() -> None:
             print(".", end="", flush=True)
     print()
     _report(options, steps, passes, peaks)
+
+
+def writing(rounds: int, length: int) -> None:
+    """Print the tokens per second that the built-in causal model writes, and those of `generate`."""
+    model = AutoModelForCausalLM.from_pretrained(MODELS["built-in-causal"]).eval()
+    tokenizer = AutoTokenizer.from_pretrained(MODELS["built-in-causal"])
+    batch = torch.full((Writer.batch_size, 1), start_token(tokenizer))
+    seconds: dict[str, list[float]] = {"written": [], "generate": []}
+    with tempfile.TemporaryDirectory() as directory:
+        arguments = DASConfig(directory, max_length=length, report_to="none", disable_tqdm=True)
+        writer = Writer(ContinualTrainer(model, arguments, processing_class=tokenizer))
+        for number in range(rounds):
+            for way in seconds:
+                start = time.perf_counter()
+                if way == "written":
+                    writer.rows(len(batch), number)
+                else:
+                    with torch.no_grad():
+                        model.generate(
+                            batch.to(model.device),
+                            attention_mask=torch.ones_like(batch, device=model.device),
+                            do_sample=True,
+                            top_k=0,
+                            min_new_tokens=length,
+                            max_new_tokens=length,
+                        )
+                _synchronize()
+                seconds[way].append(time.perf_counter() - start)
+    rate = {way: batch.shape[0] * length / statistics.median(one) for way, one in seconds.items()}
+    ratios = [theirs / ours for ours, theirs in zip(*seconds.values(), strict=True)]
+    print(
+        f"{len(batch)} rows of {length} tokens at once, {torch.get_num_threads()} threads, median of {rounds} rounds: "
+        f"{rate['written']:,.0f} tokens per second, generate {rate['generate']:,.0f} "
+        f"({rate['written'] / rate['generate']:.2f}x; rounds {min(ratios):.2f} to {max(ratios):.2f})"
+    )
 
 
 def per_example(rounds: int) -> None:

@@ -3,8 +3,8 @@
 One domain (biomedicine) with a model that writes its own past, causal. Of every seed: plain training over several
 learning rates, the anchor on text of the model's own at a fixed λ, on foreign text, with a budget, and with what the
 fixed λ drifts, on rows apart, as its budget. Drift is the rise of the loss on text that the base model wrote with
-another seed, and that nothing was trained on; gain is the fall of the loss on held-out text of the domain; both in nats
-per token. Every finished run is kept in ``--output`` and not made again.
+another seed, and that nothing was trained on; gain is the fall of the loss on held-out text of the domain; both in
+nats per token. Every finished run is kept in ``--output`` and not made again.
 
 The runs ``das …`` are the soft-masks of DAS alone (of the update, which Adam does not cancel), with importance from
 dropout or from what the model writes; of the shuffled ones every layer's importances are dealt out to its units at

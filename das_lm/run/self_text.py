@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -67,12 +68,15 @@ def write_self_text(
         trainer.domain = "self-text"
         facts = facts_of(trainer, model_fingerprint(trainer.model))
         with claimed(output.parent):
+            started = time.perf_counter()
             written = _write(trainer, rows, partial_path(output), facts, state.is_main_process)
             if state.is_main_process:
                 save_written(output, written, trainer.processing_class, facts | {"model": model, "rows": str(rows)})
                 partial_path(output).unlink(missing_ok=True)
         state.wait_for_everyone()
-    console.print(f"{rows:,} rows of {trainer.args.max_length} tokens: {output}", soft_wrap=True, markup=False)
+    length, seconds = trainer.args.max_length, time.perf_counter() - started
+    rate = f"{rows * length / seconds:,.0f} tokens per second"
+    console.print(f"{rows:,} rows of {length} tokens ({rate}): {output}", soft_wrap=True, markup=False)
     return output
 
 

@@ -86,7 +86,8 @@ class ContinualConfig(_arguments_of_methods(), TrainingArguments):
     )
     separate_documents: bool = knob(
         True,
-        "Of a causal model: in a packed block no token attends to another document, and positions begin anew.",
+        "Of a causal model: in a packed block no token attends to another document, and positions begin anew. Not "
+        "where a chat template ends every turn with the token that ends documents.",
     )
     mlm_probability: Annotated[float, Interval(ge=0.01, le=1)] = knob(
         0.15,

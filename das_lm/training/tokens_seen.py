@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from accelerate.utils import gather_object
 
 if TYPE_CHECKING:
     from das_lm.training.trainer import ContinualTrainer
@@ -68,15 +69,19 @@ class TokensSeen:
     def _register(self, names: list[str]) -> None:
         for name in names:
             self._numbers.setdefault(name, len(self._numbers))
-        counts = self._counts.to(self.trainer.args.device)
-        self._counts = torch.cat([counts, counts.new_zeros(len(self._numbers) - len(counts))])
+        if new := len(self._numbers) - len(self._counts):
+            counts = self._counts.to(self.trainer.args.device)
+            self._counts = torch.cat([counts, counts.new_zeros(new)])
 
     def state(self) -> dict[str, dict[str, int]]:
         """Source -> tokens, over all processes, which all take part."""
-        if not self._numbers:
+        if self.trainer.units is None:
             return {}
-        counts = self.trainer.accelerator.reduce(self._counts, "sum").tolist()
-        return {KEY: {name: counts[number] for name, number in self._numbers.items() if counts[number]}}
+        seen: dict[str, int] = {}
+        for counts in gather_object([dict(zip(self._numbers, self._counts.tolist(), strict=True))]):
+            for name, count in counts.items():  # processes may have drawn from other sources
+                seen[name] = seen.get(name, 0) + count
+        return {KEY: {name: count for name, count in seen.items() if count}}
 
 
 def _replayed(memory: str) -> str:

@@ -58,9 +58,11 @@ def train(directory, batch_size):
                 domain=f"domain {domain}",
             )
             trainer.train()
+        seen = trainer.tokens_seen.state()["tokens_seen"]
         if trainer.is_world_process_zero():
             tensors = {f"parameters.{key}": value.detach().clone() for key, value in model.named_parameters()}
             tensors |= {f"state.{key}": value.clone() for key, value in method.state_dict().items()}
+            tensors |= {f"seen.{source}": torch.tensor(count) for source, count in seen.items()}
             save_file(tensors, f"{directory}/{name}.safetensors")
 
 

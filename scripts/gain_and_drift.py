@@ -143,8 +143,8 @@ class World:
             result = trainer.train()
             after = self.losses(trainer)
             state = {key: value for one in trainer.methods for key, value in one.state().items()}
-            anchors = [one for one in trainer.methods if isinstance(one, Anchor) and "self" in one.pasts]
-            apart = [float(one.divergence_apart("self").mean()) for one in anchors]  # as the budget measures
+            anchors = [one for one in trainer.methods if isinstance(one, Anchor)]
+            apart = [float(one.divergence_apart(next(iter(one.base))).mean()) for one in anchors]  # as the budget does
         rise = after["fresh"] - torch.tensor(before["fresh"])
         fall = torch.tensor(before["bio"]) - after["bio"]
         half = 1.96 * float(rise.std()) / len(rise) ** 0.5

@@ -109,6 +109,8 @@ class Anchor(Method):
         if teacher == "copy" and trainer.is_sharded:
             raise UserError("anchor_teacher: a sharded model cannot be copied; write cached")
         super().attach(trainer)
+        if trainer.args.anchor_refresh and (kind := self._kind_of_teacher()) != "copy":
+            raise UserError(f"anchor_refresh: the teacher '{kind}' cannot write; write anchor_teacher: copy")
 
     def parts(self, trainer: Engine) -> Sequence[Method]:
         bounds = [trainer.args.drift_budget]
@@ -130,11 +132,7 @@ class Anchor(Method):
         kind = self._kind_of_teacher()
         if kind == "copy" and self.teacher is None:
             self.teacher = Teacher(trainer)
-        if args.anchor_refresh and kind != "copy":
-            raise UserError(
-                f"anchor_refresh: with the teacher '{kind}' the base model is not there to write; write copy"
-            )
-        if kind == "adapter" and not self.finished:
+        elif kind == "adapter" and not self.finished:
             self.teacher = AdapterOff(trainer)
         total, base = sum(source.weight for source in self.base.values()), {}
         for name, source in self.base.items():
@@ -200,9 +198,8 @@ class Anchor(Method):
         if every and step % every == 0:
             for name, source in self.base.items():
                 if source.write:
-                    source.rows = Writer(self.trainer, self.teacher.model).rows(
-                        source.write, name, self.trainer.domain, step
-                    )
+                    writer = Writer(self.trainer, self.teacher.model)
+                    source.rows = writer.rows(source.write, name, self.trainer.domain, step)
                     self.pasts[name] = (source.rows, self.pasts[name][1])
                     self._masked[name] = self._as_masked(name, source.rows)
 

@@ -365,5 +365,5 @@ def test_the_base_model_writes_its_text_anew(kind, tmp_path):
 
 
 def test_who_is_not_there_cannot_write_anew(tmp_path):
-    with pytest.raises(UserError, match="anchor_refresh: with the teacher 'cached'"):
-        trainer_of(tmp_path, tiny_gpt2(), anchor_refresh=2, anchor_teacher="cached").train()
+    with pytest.raises(UserError, match="anchor_refresh: the teacher 'cached' cannot write"):
+        trainer_of(tmp_path, tiny_gpt2(), anchor_refresh=2, anchor_teacher="cached")

@@ -16,10 +16,12 @@ from das_lm.methods.interpolate import between, check_fresh
 if TYPE_CHECKING:
     from das_lm.methods.anchor import Anchor
 
-#: Remembered rows that the running mean of the divergence looks back on.
+#: Remembered rows that the running mean of the divergence looks back on; of a short training, a quarter of all.
 ROWS = 64
-#: How fast λ follows: at a divergence of twice the bound, log λ rises by so much with every remembered row.
+#: How fast λ follows: at a divergence of twice the bound, log λ rises by so much with every remembered row; or, if
+#: that is more, by [`REACH`] over all rows of the training.
 RATE = 1 / 64
+REACH = 4.0
 #: λ stays within this factor of its first value, above and below.
 WIDEST = 1000.0
 #: While the learning rate is high, so is the divergence: at the beginning it may be so many times the bound more.
@@ -37,11 +39,13 @@ class Controller:
     Args:
         bound: ε, nats per predicted token.
         weight: λ to begin with.
+        rows: how many remembered rows the whole training will bring.
     """
 
-    def __init__(self, bound: float, weight: float):
+    def __init__(self, bound: float, weight: float, rows: float = math.inf):
         self.bound, self.first, self.weight, self.mean = bound, weight, weight, 0.0
-        self._rows = 0.0  # that the mean is of, at most `ROWS`
+        self._rate, self._window = max(RATE, REACH / max(rows, 1)), max(1.0, min(ROWS, rows / 4))
+        self._rows = 0.0  # that the mean is of, at most the window
 
     def step(self, divergence: float, rows: float, done: float) -> None:
         """
@@ -52,12 +56,12 @@ class Controller:
             rows: how many of these there were.
             done: t.
         """
-        self._rows = min(self._rows + rows, ROWS)
+        self._rows = min(self._rows + rows, self._window)
         self.mean += min(1.0, rows / self._rows) * (divergence - self.mean) if rows else 0.0
         if math.isinf(self.bound):
             return
         bound = self.bound * (1 + SLACK * (1 - done))
-        change = RATE * rows * max(-1.0, min(1.0, (self.mean - bound) / bound))
+        change = self._rate * rows * max(-1.0, min(1.0, (self.mean - bound) / bound))
         self.weight = max(self.first / WIDEST, min(self.first * WIDEST, self.weight * math.exp(change)))
 
     def state_dict(self) -> torch.Tensor:
@@ -111,10 +115,13 @@ class Budget(Method):
         """Raises `UserError` where too few rows are remembered to keep some apart."""
         if not self.old:
             self.old = {name: value.clone() for name, value in self.values().items()}
-        for name in self.anchor.pasts:
+        args, weights = self.args, {name: weight for name, (_, weight) in self.anchor.pasts.items()}
+        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        rows = self.trainer.state.max_steps * batch * args.anchor_share / sum(weights.values())
+        for name, weight in weights.items():
             if not len(self.anchor.rows_apart(name)):
                 raise UserError(f"drift_budget: too few rows of '{name}' to keep some apart; remember 8 or more")
-            self.controllers[name] = Controller(self.bound_of(name), self.args.anchor_weight)
+            self.controllers[name] = Controller(self.bound_of(name), args.anchor_weight, rows * weight)
             if f"controller.{name}" in self._loaded:
                 self.controllers[name].load_state_dict(self._loaded[f"controller.{name}"])
         self._loaded = {}

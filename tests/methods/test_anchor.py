@@ -360,6 +360,8 @@ def test_the_base_model_writes_its_text_anew(kind, tmp_path):
     ]
     resumed, seen_again = trained(tmp_path / "whole", 6, str(tmp_path / "whole" / "checkpoint-3"))
     assert len(seen_again) == 3 and all(map(torch.equal, seen_again, seen[3:]))
+    assert trainer.tokens_seen.state() == resumed.tokens_seen.state()
+    assert trainer.tokens_seen.state()["tokens_seen"] == {"bio": 6 * 4 * 12, "self, remembered": 6 * 4 * 12}
     for name, one in parameters(trainer.model).items():
         assert torch.equal(one, parameters(resumed.model)[name]), name
 

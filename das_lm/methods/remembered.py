@@ -77,8 +77,10 @@ class Remembered(Method):
         return "remembered.safetensors"
 
     def begin_domain(self) -> None:
-        """Before the first domain, write what is to be written, and let methods consolidate the base model."""
-        if self._has_begun:
+        """Before the first domain, write what is to be written, and let methods consolidate the base model; unless no
+        method has a use for it."""
+        uses = any(one.consolidates_base or one.draws_remembered for one in self.trainer.methods)
+        if self._has_begun or not (uses or self.args.importance == "remembered"):
             return
         for name, source in self.sources.items():
             if source.rows is None:

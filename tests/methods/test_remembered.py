@@ -222,3 +222,12 @@ def test_a_source_with_the_name_of_the_domain(tmp_path):
 def test_it_is_no_method_of_its_own():
     assert "remember" not in METHODS and "drift_budget" not in METHODS
     assert Remembered({"a": Source([1], 1.0)}).state_dict() == {}
+
+
+def test_nothing_is_written_for_methods_that_have_no_use_for_it(tmp_path):
+    written = {}
+    for method, options in (("naive", {}), ("das", {"contrast_weight": 0.0}), ("replay", {})):
+        trainer = trainer_of(tmp_path / method, MODELS["causal"](), method, remember="self", **options)
+        trainer.train()
+        written[method] = trainer.remembered.sources["self"].rows is not None
+    assert written == {"naive": False, "das": False, "replay": True}

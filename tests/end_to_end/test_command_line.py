@@ -107,12 +107,13 @@ def test_the_readme_command_runs_the_whole_recipe(tmp_path):
     assert [stage["name"] for stage in results.stages] == ["base", "bio", "cs"]
     matrix = results.matrix()  # [stages, (general, bio, cs)]
     assert matrix[1, 1] < matrix[0, 1] - 0.5 and matrix[2, 2] < matrix[1, 2] - 0.5  # both domains are learned
-    assert results.matrix("accuracy")[2, 0] > results.matrix("accuracy")[0, 0] - 0.05  # and what was known is kept
+    assert results.matrix("accuracy")[2, 0] > results.matrix("accuracy")[0, 0] - 0.04  # and what was known is kept
     assert "forgetting rate" in result.stdout
     # What was seen on the way, and the page that shows it.
     for stage in results.stages[1:]:
-        assert [entry["step"] for entry in stage["history"] if "held_out" in entry] == [60, 120, 180, 240, 300]
+        assert [entry["step"] for entry in stage["history"] if "held_out" in entry] == [100, 200, 300, 400]
     page = (tmp_path / "run" / "report.html").read_text()
+    assert "Beside plain training" in page
     assert (
         page.rstrip().endswith("</html>") and page.count("<svg") == len(list(tmp_path.glob("run/figures/*.svg"))) > 5
     )

@@ -42,7 +42,7 @@ def test_the_walk_gets_the_recipe(walk, capsys):
     assert run(capsys, "--recipe", "bio_then_cs") == (0, "", "")
     recipe, options = walk[0]
     assert [domain.name for domain in recipe.domains] == ["bio", "cs"]
-    assert recipe.method == ["das", "anchor"] and [one.name for one in recipe.remember] == ["sample"]
+    assert recipe.method == ["das", "anchor", "interpolate"] and [one.name for one in recipe.remember] == ["sample"]
     assert options == {"resume": False, "overwrite": False}
 
 

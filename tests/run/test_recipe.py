@@ -117,7 +117,7 @@ def test_recipes_are_found_by_name_and_by_path(tmp_path):
 @pytest.mark.parametrize("name", ["bio_then_cs", "bio_then_cs_roberta", "das_six_domains"])
 def test_shipped_recipes(name):
     recipe = load_recipe(name, check_device=False)
-    assert recipe.method == (["das", "anchor"] if recipe.remember else ["das"])
+    assert recipe.method[:2] == ["das", "anchor"][: 2 if recipe.remember else 1]
     assert recipe.description
     assert recipe.output_dir == f"output/{name}"
     assert load_recipe(write(recipe.to_yaml()), check_device=False) == recipe

@@ -96,7 +96,7 @@ def test_the_readme_command_runs_the_whole_recipe(tmp_path):
         1
     ]
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    environment["OMP_WAIT_POLICY"] = "PASSIVE"  # threads that wait spin otherwise, beside other tests on the same cores
+    environment["OMP_WAIT_POLICY"] = "PASSIVE"  # waiting threads spin otherwise, beside other tests
     started = time.monotonic()
     result = subprocess.run(
         f"{command} --output_dir {tmp_path / 'run'}",

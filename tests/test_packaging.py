@@ -52,5 +52,5 @@ def test_recipes_of_a_wheel_and_of_a_checkout(tmp_path, monkeypatch):
     for folder in (installed, others):
         folder.mkdir(parents=True)
         (folder / f"of_{folder.parent.name}.yaml").touch()
-    monkeypatch.setattr(recipe_file.resources, "files", lambda package: tmp_path / "site" / package)
+    monkeypatch.setattr("das_lm.files.resources.files", lambda package: tmp_path / "site" / package)
     assert recipe_file.recipes() == {"of_das_lm": installed / "of_das_lm.yaml"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -31,8 +32,10 @@ def begin() -> tuple[PartialState, Console]:
 
 
 def leave_group() -> None:
-    """Leave the group of processes, if there is one: gloo's threads may abort a process that ends in it."""
+    """Leave the group of processes, if there is one: gloo's threads may abort a process that ends in it, or with a
+    wrapped model that still holds it."""
     if torch.distributed.is_initialized():
+        gc.collect()
         torch.distributed.destroy_process_group()
 
 

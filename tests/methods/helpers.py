@@ -25,6 +25,7 @@ METHOD_KNOBS = {
     "anchor_weight": ("anchor", 5.0, {"anchor_share": 1.0}),
     "anchor_share": ("anchor", 0.5, {}),
     "anchor_teacher": ("anchor", "cached", {}),
+    "anchor_refresh": ("anchor", 1, {"anchor_teacher": "copy"}),
     "anchor_draws": ("anchor", 3, {"anchor_teacher": "cached"}),
     "anchor_variants": ("anchor", 1, {"anchor_teacher": "cached"}),
     "keep_text": ("anchor", False, {}),

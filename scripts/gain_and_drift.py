@@ -27,10 +27,11 @@ import torch
 import transformers
 
 from das_lm import ContinualConfig, ContinualTrainer, Domain
+from das_lm.data.chats import chat_opening
 from das_lm.files import write_json
 from das_lm.measure.intervals import Estimate
 from das_lm.methods import DAS, Anchor
-from das_lm.methods.writing import Writer, chat_opening, facts_of, load_written, save_written
+from das_lm.methods.writing import Writer, facts_of, load_written, save_written
 from das_lm.model.loading import load_model, load_tokenizer, model_path
 from das_lm.randomness import permutation
 from das_lm.report.frontier import Frontier

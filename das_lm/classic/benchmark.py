@@ -241,6 +241,7 @@ def benchmark(
     ) as bar:
 
         def go(name: str, todo: list[BenchmarkRun], may_fail: bool) -> list[Results | None]:
+            """Make runs behind a bar of their own."""
             row = bar.add_task(name, total=len(todo), newest="")
             return learn_all(
                 todo,

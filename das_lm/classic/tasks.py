@@ -236,6 +236,7 @@ def split(
     firsts = [sum(sizes[:number]) if scenario == "class" else 0 for number in range(len(groups))]
 
     def of_group(part: LabelledImages, number: int) -> Examples:
+        """The images of one group of classes."""
         matches = part.labels[:, None] == torch.tensor(groups[number])  # [images, classes of the group]
         rows = matches.any(dim=1)
         labels = firsts[number] + matches[rows].int().argmax(dim=1)
@@ -309,6 +310,7 @@ def seasons(seed: int = 0) -> Experiment:
     inputs = (days - days[151:334].mean()) / days[151:334].std()
 
     def season(name: str, start: int, end: int) -> Task:
+        """The days of one season, split."""
         train, test = train_test_split(np.arange(start, end), random_state=42)
         development = spread(days[train], len(train) // 4, "seasons", name, "development")
         parts = (

@@ -39,14 +39,33 @@ def in_words(text: str) -> str:
     return "\n".join(str(message["content"]) for message in json.loads(text.removeprefix(CHAT)))
 
 
+def chat_opening(tokenizer: Any) -> tuple[list[int], set[int]]:
+    """
+    Of a chat template, what stands before a user's first word, and its special tokens; empty without one.
+
+    Raises:
+        UserError: the template fails.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return [], set()
+    word = "MAGPIE"
+    text = _rendered([{"role": "user", "content": word}], tokenizer, add_generation_prompt=True)
+    ids = tokenizer(text.replace(word, ""), add_special_tokens=False)["input_ids"]
+    opening = tokenizer(text.partition(word)[0], add_special_tokens=False)["input_ids"]
+    return opening, set(ids) & set(tokenizer.all_special_ids)
+
+
 def _templated(text: str, tokenizer: Any) -> str:
     if not getattr(tokenizer, "chat_template", None):
         raise UserError(
             "the text holds messages, and the tokenizer has no chat template; give a column of text, or the tokenizer "
             "of an instruct model"
         )
-    messages = json.loads(text.removeprefix(CHAT))
+    return _rendered(json.loads(text.removeprefix(CHAT)), tokenizer)
+
+
+def _rendered(messages: Sequence[Mapping[str, Any]], tokenizer: Any, **options: Any) -> str:
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False)
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
     except Exception as error:  # a template raises what it likes
         raise UserError(f"the chat template of the tokenizer fails on {messages}: {error}") from error

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import nn
 
-from das_lm.data.chats import as_read
+from das_lm.data.chats import as_read, chat_opening
 from das_lm.errors import UserError
 
 if TYPE_CHECKING:
@@ -163,14 +163,10 @@ def ends_documents(tokenizer: PreTrainedTokenizerFast) -> bool:
     chat templates of instruct models do whose `eos_token` is `<|im_end|>`.
     """
     separator = separator_of(tokenizer)
-    if separator is None or not getattr(tokenizer, "chat_template", None):
-        return separator is not None
-    chat = [{"role": "user", "content": "a"}]
     try:
-        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    except Exception:  # a template may raise anything; who uses it is told by `chat_opening`
+        return separator is not None and separator not in chat_opening(tokenizer)[1]
+    except UserError:  # told where chats are read or written
         return True
-    return separator not in tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def highest_id(tokenizer: PreTrainedTokenizerFast) -> int:

@@ -316,6 +316,7 @@ class TrainingStream(TrainingBlocks):
         separator = separator_of(self.tokenizer)
 
         def tokens() -> Iterator[np.ndarray]:
+            """Of document after document, from `place` on."""
             before = -place.skip
             for state, rows in self.documents.batches(place.source):
                 document = rows[0]["id"]

@@ -355,6 +355,7 @@ class Results:
         columns, matrix = self.columns(measure), self.matrix(measure)
 
         def cell(stage: dict[str, Any], column: str) -> str:
+            """A score with its interval."""
             score = matrix[self.stages.index(stage), list(columns).index(column)]
             entry = stage[PROBES[measure]][column]
             if measure == "end_task":

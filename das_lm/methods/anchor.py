@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import Subset
 
 from das_lm.data.blocks import TrainingBlocks
+from das_lm.data.chats import chat_opening
 from das_lm.data.collating import PaddingCollator
 from das_lm.data.masking import labeling
 from das_lm.errors import UserError
@@ -31,7 +32,7 @@ from das_lm.methods.targets import (
     selected,
 )
 from das_lm.methods.teacher import AdapterOff, Teacher
-from das_lm.methods.writing import Writer, WritingArguments, chat_opening
+from das_lm.methods.writing import Writer, WritingArguments
 from das_lm.model.objective import Output
 from das_lm.randomness import permutation
 
@@ -77,7 +78,8 @@ class Anchor(Method):
     Remembered rows come beside the domain's, in the same forward pass: each row of the domain brings one along with a
     chance of `anchor_share`, a pure function of (seed, domain, epoch, row), so that a step is the same on any number
     of processes and batches. All that is remembered before the first domain is drawn as often as any one finished
-    domain. The mean is over as many predictions as are expected, `anchor_share` × the domain's.
+    domain. The mean is over as many predictions as are expected, `anchor_share` × the domain's; the opening of a chat,
+    which nobody wrote, counts as predictions without divergence.
 
     Memory: `memory_size` rows of every finished domain, with `anchor_draws` tokens for each of their predictions, and
     of the base model a copy ('copy'), or such tokens of at most `memory_size` rows of each given text ('cached').
@@ -153,9 +155,8 @@ class Anchor(Method):
 
     def _as_masked(self, name: str, rows: Any) -> RowsAsMasked:
         is_written = self.base[name].is_written if name in self.base else not self.args.keep_text
-        opening = (
-            chat_opening(self.trainer.processing_class)[0] if is_written and self.trainer.criterion.causal else ()
-        )
+        has_opening = is_written and self.trainer.criterion.causal
+        opening = chat_opening(self.trainer.processing_class)[0] if has_opening else ()
         return RowsAsMasked(name, rows, self.trainer, self._blocks, self._collator, opening)
 
     def _few(self, source: Source) -> Any:

@@ -226,6 +226,7 @@ class DAS(Method):
         hidden_states = self.args.proxy == "hidden"
 
         def losses(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+            """How far two drops of a text differ, [rows]."""
             rows, ids, labels = len(batch["input_ids"]), batch["input_ids"], batch["labels"]
             if hidden_states:
                 ids, labels = self.trainer.criterion.unmasked(batch), torch.full_like(labels, IGNORED)

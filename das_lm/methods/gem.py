@@ -82,6 +82,7 @@ class GEM(Method):
         }
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """One memory for each earlier domain. Raises `ValueError` for what is none."""
         self.memories = []
         while any(name.startswith(prefix := f"{len(self.memories)}.") for name in state):
             memory = Reservoir(self.args.memory_size, self.args.seed)

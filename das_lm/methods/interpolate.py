@@ -81,6 +81,7 @@ class Interpolate(Method):
     def attach(self, trainer: Engine) -> None:
         """Raises `UserError` for an adapter that is no fresh one, and where α has nothing to be chosen by."""
         super().attach(trainer)
+        self.draws_remembered = self.args.interpolation_alpha == "auto"
         check_fresh(self.parameters(), "only then is α B A the interpolation of the weights")
         if self.args.interpolation_alpha == "auto":
             if not trainer.development_dataset:

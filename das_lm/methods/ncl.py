@@ -160,6 +160,7 @@ class NCL(Method):
         calls: list[tuple[str, Any]] = []
 
         def keep(layer: str, module: nn.Linear, inputs: torch.Tensor, output: torch.Tensor) -> None:
+            """Add a layer's inputs to its factor."""
             inputs = inputs.detach().flatten(0, -2)
             if module.bias is not None:
                 inputs = torch.cat([inputs, torch.ones_like(inputs[:, :1])], dim=1)

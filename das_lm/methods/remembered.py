@@ -105,7 +105,8 @@ class Remembered(Method):
     def rows_apart(self) -> dict[str, Any]:
         """Of every source that serves all methods, the rows that nothing is trained on, if there are any."""
         sources = self.sources if self.for_all else {}
-        return {name: one.rows_apart for name, one in sources.items() if one.weight and len(one.rows_apart)}
+        used = {name: one for name, one in sources.items() if one.weight and one.rows is not None}
+        return {name: one.rows_apart for name, one in used.items() if len(one.rows_apart)}
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """What the model wrote, and that all this has happened."""

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import nn
 from tqdm.auto import tqdm
 
+from das_lm.data.chats import chat_opening
 from das_lm.data.masking import IGNORED
 from das_lm.data.packing import separator_of, special_tokens, start_token
 from das_lm.errors import UserError, as_user_error
@@ -134,19 +135,6 @@ class Writer:
                 logits[:, len(tokenizer) :] = -torch.inf
                 ids[drawn] = torch.multinomial(logits.softmax(-1), 1).squeeze(-1)
         return ids
-
-
-def chat_opening(tokenizer: Any) -> tuple[list[int], set[int]]:
-    """Of a chat template, what stands before a user's first word, and its special tokens; empty without one."""
-    if not getattr(tokenizer, "chat_template", None):
-        return [], set()
-    word = "MAGPIE"
-    with as_user_error("the chat template of the tokenizer fails on a single message of a user"):
-        chat = [{"role": "user", "content": word}]
-        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    ids = tokenizer(text.replace(word, ""), add_special_tokens=False)["input_ids"]
-    opening = tokenizer(text.partition(word)[0], add_special_tokens=False)["input_ids"]
-    return opening, set(ids) & set(tokenizer.all_special_ids)
 
 
 # ---- files -----------------------------------------------------------------------------------------------------

@@ -56,8 +56,8 @@ class TokensSeen:
         tokens = batch["attention_mask"].sum(1)
         names = [self.trainer.domain, *map(_replayed, self.trainer.train_dataset.memories)]
         self._register(names)
-        which = torch.tensor([self._numbers[name] for name in names], device=tokens.device)
         if "replayed_from" in batch:
+            which = torch.tensor([self._numbers[name] for name in names], device=tokens.device)
             self._counts.index_add_(0, which[batch["replayed_from"][:own]], tokens[:own])
         else:
             self._counts[self._numbers[self.trainer.domain]] += tokens[:own].sum()

@@ -2,6 +2,7 @@
 
 import json
 
+import datasets
 import pytest
 from datasets import Dataset
 
@@ -11,6 +12,8 @@ from das_lm.data.packing import ends_documents, pack, windows
 from das_lm.errors import UserError
 from das_lm.measure.leakage import find_leakage
 from tests.helpers import EOS, build_tokenizer
+from tests.methods.test_anchor import trainer_of
+from tests.model.helpers import tiny_gpt2
 
 TEMPLATE = "{% for m in messages %}w1 {{ m['role'] }} {{ m['content'] }} w2 {% endfor %}"
 
@@ -78,6 +81,22 @@ def test_words_of_a_chat_are_found_in_plain_text(tmp_path):
     (found,) = [one for one in find_leakage(text).leaked if (one.trained, one.measured) == ("chats", "plain")]
     assert len(found.found) == 2
     assert in_words(CHAT + json.dumps([{"role": "user", "content": said}])) == said
+
+
+@pytest.mark.parametrize("kind", ["data set", "list", "hub"])
+def test_messages_from_python(kind, tmp_path, tokenizer, monkeypatch):
+    data, column, chats = Dataset.from_list([{"messages": messages} for messages in CHATS]), "messages", CHATS
+    if kind == "hub":
+        monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: data)
+        documents = Domain("chats", "hub:someone/chats", column="messages", held_out=0.2).load()
+        assert len(documents.train) + len(documents.held_out) == len(CHATS)
+        data, column = documents.train, "text"
+        chats = [json.loads(text.removeprefix(CHAT)) for text in data["text"]]
+    expected = pack(Dataset.from_dict({"text": [as_template(messages) for messages in chats]}), tokenizer, 16)
+    given = {"train_dataset": list(data) if kind == "list" else data, "processing_class": tokenizer}
+    trainer = trainer_of(tmp_path, tiny_gpt2(), "naive", max_length=16, text_column=column, **given)
+    read = trainer.train_dataset.domains["bio"].with_format(None)
+    assert read["input_ids"][:] == expected["input_ids"][:]
 
 
 def test_a_column_of_other_lists_is_no_text(tmp_path):

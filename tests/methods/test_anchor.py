@@ -38,7 +38,7 @@ def trainer_of(directory, model, method="anchor", domain="bio", **options) -> Co
         "disable_tqdm": True,
         "report_to": [],
     }
-    given = ("remember", "peft_config", "train_dataset", "processing_class")
+    given = ("remember", "peft_config", "train_dataset", "processing_class", "text_column")
     more = {name: options.pop(name) for name in given if name in options}
     return ContinualTrainer(
         model,

@@ -178,3 +178,12 @@ def test_what_cannot_be_held_is_refused_before_a_step(options, phrase, tmp_path)
     with pytest.raises(UserError, match=phrase):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+def test_in_a_short_training_the_weight_follows_faster():
+    """By e⁴ over 16 rows, where the rate of a long one would take it by e to the quarter."""
+    for rows, reach in ((16, 4.0), (320, 5.0)):
+        one = Controller(0.1, 1.0, rows)
+        for _ in range(rows):
+            one.step(1.0, 1, 1.0)
+        assert math.log(one.weight) == pytest.approx(reach, rel=1e-6)

@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from das_lm.data.chats import chat_opening
 from das_lm.errors import UserError
 from das_lm.files import newest_checkpoint
 from das_lm.methods import EWC, METHODS, Replay
 from das_lm.methods.remembered import APART, Drawing, Remembered, Source
-from das_lm.methods.writing import Writer, chat_opening, load_written, save_written
+from das_lm.methods.writing import Writer, load_written, save_written
 from tests.helpers import build_tokenizer, random_blocks, tiny_roberta
 from tests.methods.helpers import NEEDS, SMALL, Classifier, World, equal, parameters, rows
 from tests.methods.test_anchor import MODELS, trainer_of

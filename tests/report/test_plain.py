@@ -72,3 +72,5 @@ def test_the_built_in_recipes_have_a_twin(name):
     (folder, *_) = [one for one in recipe_folders() if (one / "plain" / name).is_dir()]
     twin, recipe = Results.load(folder / "plain" / name), load_recipe(name)
     assert twin.run["recipe"]["training"] == recipe.training and len(twin.stages) == 3
+    text = recipe.load_text()
+    assert {name: text[name].fingerprints for name in twin.domains} == {n: twin.run["text"][n] for n in twin.domains}

@@ -41,6 +41,7 @@ class Ledger:
                 write_text(path, "".join(whole))
 
     def add(self, trial: int, weight: float, figures: Mapping[str, Any]) -> None:
+        """Write down what a weight gave in a trial, before anything else happens."""
         entry = {"trial": trial, "lambda": weight, **figures}
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(entry, ensure_ascii=False, allow_nan=False) + "\n")

@@ -76,6 +76,7 @@ def _search(
             bar = progress.add_task("search", total=search.trials * search.max_evaluations)
 
             def done(trial: int, weight: float) -> None:
+                """Show on the bar what was tried."""
                 drop_aside(output)
                 known = {w: value for w, value in ledger.trial(trial).items() if value is not None}
                 best = min(known, key=known.get) if known else math.nan

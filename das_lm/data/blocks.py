@@ -160,10 +160,14 @@ class TrainingBlocks(TrainingRows):
         self.masking = masking
 
     def row(self, rows: Any, domain: Any, index: int, epoch: int) -> dict[str, Any]:
-        """A block with its masks and their labels, each [tokens]."""
+        """A block with its masks and their labels, each [tokens]; of several domains with `from_domain`, which of them
+        it is of (0 for a memory's, too)."""
         input_ids = np.asarray(rows[index]["input_ids"], dtype=np.int64)
         masked, labels = self.masking(input_ids, addressed_seed(self.seed, domain, epoch, index))
-        return {"input_ids": masked, "labels": labels, "example_id": addressed_seed(domain, index) >> 1}
+        row = {"input_ids": masked, "labels": labels, "example_id": addressed_seed(domain, index) >> 1}
+        if len(self.domains) > 1:
+            row["from_domain"] = list(self.domains).index(domain) if domain in self.domains else 0
+        return row
 
 
 class HeldOutWindows(Dataset):

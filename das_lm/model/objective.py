@@ -17,7 +17,8 @@ from das_lm.data.masking import IGNORED
 from das_lm.errors import UserError
 from das_lm.units.discovery import Units
 
-OWN_COLUMNS = ("example_id", "document", "bytes", "replayed_from")  # of a batch, and no arguments of a model
+#: Columns of a batch that are no arguments of a model.
+OWN_COLUMNS = ("example_id", "document", "bytes", "replayed_from", "from_domain")
 
 
 @dataclass

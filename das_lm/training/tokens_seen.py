@@ -47,24 +47,29 @@ class TokensSeen:
 
         Args:
             batch: with `attention_mask`, [rows, tokens].
-            inputs: its first rows: the domain's, with `replayed_from` where a memory stands in for some. What methods
-                append comes after, in the order of the methods; second views of rows come last.
+            inputs: its first rows: the domain's, with `from_domain` where there are several, and `replayed_from`
+                where a memory stands in for some. What methods append comes after, in the order of the methods;
+                second views of rows come last.
         """
         if self.trainer.units is None:
             return
-        own = len(inputs["input_ids"])
+        own, rows = len(inputs["input_ids"]), self.trainer.train_dataset
         tokens = batch["attention_mask"].sum(1)
-        names = [self.trainer.domain, *map(_replayed, self.trainer.train_dataset.memories)]
-        self._register(names)
+        domains = list(rows.domains) if "from_domain" in batch else [self.trainer.domain]
+        names = [*domains, *map(_replayed, rows.memories)]
+        source = batch["from_domain"][:own] if "from_domain" in batch else torch.zeros_like(tokens[:own])
         if "replayed_from" in batch:
-            which = torch.tensor([self._numbers[name] for name in names], device=tokens.device)
-            self._counts.index_add_(0, which[batch["replayed_from"][:own]], tokens[:own])
-        else:
-            self._counts[self._numbers[self.trainer.domain]] += tokens[:own].sum()
+            memory = batch["replayed_from"][:own]
+            source = torch.where(memory > 0, memory + len(domains) - 1, source)
+        self._add(names, source, tokens[:own])
         if appended := [f"{name}, remembered" for method in self.trainer.methods for name in method.appended]:
-            self._register(appended)
-            rows = torch.tensor([self._numbers[name] for name in appended], device=tokens.device)
-            self._counts.index_add_(0, rows, tokens[own : own + len(appended)])
+            self._add(appended, torch.arange(len(appended), device=tokens.device), tokens[own : own + len(appended)])
+
+    def _add(self, names: list[str], source: torch.Tensor, tokens: torch.Tensor) -> None:
+        """Of every row its source, an index into `names`, and its tokens, each [rows]."""
+        self._register(names)
+        number = torch.tensor([self._numbers[name] for name in names], device=tokens.device)
+        self._counts.index_add_(0, number[source], tokens)
 
     def _register(self, names: list[str]) -> None:
         for name in names:

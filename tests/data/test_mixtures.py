@@ -4,9 +4,12 @@ from collections import Counter
 
 import pytest
 from datasets import IterableDataset
+from transformers import AutoTokenizer
 
+from das_lm.data.built_in import MODELS
 from das_lm.data.domains import Domain
 from das_lm.data.mixtures import Part
+from das_lm.data.packing import pack
 from das_lm.data.streaming import DocumentStream
 from das_lm.errors import UserError
 from das_lm.measure.results import Results
@@ -125,3 +128,26 @@ training: {{max_steps: 6, per_device_train_batch_size: 4, max_length: 32, anchor
     card = (tmp_path / "out" / "1-mixed" / "README.md").read_text()
     assert "| mixed | general, remembered | 768 |" in card
     assert "Tokens that were trained on" in write_report([tmp_path / "out"]).read_text()
+
+
+@pytest.mark.parametrize("schedule", ["alternating", "interleaved"])
+def test_domains_that_are_learned_together_are_counted_apart(files, tmp_path, schedule):
+    (tmp_path / "recipe.yaml").write_text(f"""
+model_name_or_path: built-in-causal
+output_dir: unused
+method: anchor
+schedule: {schedule}
+remember: [{{name: general, data: built-in, max_documents: 20}}]
+domains:
+  - {{name: a, data: {files}/a.txt, max_documents: 60}}
+  - {{name: b, data: {files}/b.txt, max_documents: 180}}
+training: {{num_train_epochs: 1, per_device_train_batch_size: 1, max_length: 32, anchor_share: 1.0, report_to: none,
+           use_cpu: true}}
+""")
+    assert run_recipe(tmp_path, tmp_path / "out") == 0
+    seen = Results.load(tmp_path / "out").stages[-1]["tokens_seen"]
+    tokenizer = AutoTokenizer.from_pretrained(MODELS["built-in-causal"])
+    for domain in load_recipe(tmp_path / "recipe.yaml").domains:
+        blocks = pack(domain.load().train, tokenizer, 32)
+        assert seen[domain.name] == sum(len(row["input_ids"]) for row in blocks) > 300
+    assert set(seen) == {"a", "b", "general, remembered"}

@@ -12,6 +12,7 @@ from datasets import IterableDataset as HubStream
 from torch.utils.data import IterableDataset, TensorDataset
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     DataCollatorForLanguageModeling,
     DataCollatorWithPadding,
     TrainingArguments,
@@ -389,11 +390,13 @@ def test_python_reads_what_the_command_line_reads(tmp_path, monkeypatch):
     for name, words in (("bio", WORDS[:30]), ("wiki", WORDS[30:])):
         documents = [" ".join(np.random.default_rng(i).choice(words, 14)) for i in range(30)]
         Path(f"{name}.txt").write_text("\n\n".join(d.replace(" ", "\n", 1) for d in documents) + "\n")
-    tiny_roberta().save_pretrained("roberta-base")
-    TOKENIZER.save_pretrained("roberta-base")
+    base = "HuggingFaceTB/SmolLM2-135M"
+    AutoModelForCausalLM.from_pretrained(MODELS["built-in-causal"]).save_pretrained(base)
+    AutoTokenizer.from_pretrained(MODELS["built-in-causal"]).save_pretrained(base)
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     example = re.search(r"## From Python\n\n```python\n(.*?)```", readme, re.S)[1]
-    example = example.replace("max_length=164", "max_length=12, max_steps=1, importance_samples=4, report_to='none'")
+    options = "max_length=12, max_steps=2, importance_samples=4, report_to='none'"
+    example = example.replace("max_length=512", options).replace('"self": 1024', '"self": 8')
     names = {}
     exec(example, names)
     python = names["trainer"]
@@ -401,9 +404,9 @@ def test_python_reads_what_the_command_line_reads(tmp_path, monkeypatch):
     walked = []
     monkeypatch.setattr(ContinualTrainer, "train", lambda self, *args, **kwargs: walked.append(self))
     Path("recipe.yaml").write_text(
-        "model_name_or_path: roberta-base\noutput_dir: run\n"
+        f"model_name_or_path: {base}\noutput_dir: run\nmethod: [das, anchor]\nremember: [{{self: 8}}]\n"
         "domains: [{name: bio, data: bio.txt}]\nmeasure: [{name: wiki, data: wiki.txt}]\n"
-        "training: {max_length: 12, max_steps: 1, importance_samples: 4, use_cpu: true, report_to: none}\n"
+        "training: {max_length: 12, max_steps: 2, importance_samples: 4, use_cpu: true, report_to: none}\n"
     )
     continual_pretrain(load_recipe("recipe.yaml"))
     (walk,) = walked

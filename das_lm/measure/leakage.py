@@ -175,19 +175,6 @@ def check(recipe: Recipe, n: int = N, end_tasks: Mapping[str, str] | None = None
     return find_leakage(text, n, repeated=True, progress=progress)
 
 
-def warn_of_leakage(text: Mapping[str, Documents], n: int = N) -> None:
-    """
-    Add a warning to every text of which documents are trained on. Of the training text, of one domain at a time, this
-    keeps 4 bytes per word in memory, and 200 MB.
-
-    Args:
-        text: the text of all domains by name.
-        n: words of an n-gram.
-    """
-    for name, warning in find_leakage(text, n).warnings():
-        text[name].warnings.append(f"{warning} (das-lm check-data shows them)")
-
-
 def find_leakage(text: Mapping[str, Documents], n: int = N, repeated: bool = False, progress: bool = False) -> Leakage:
     """
     Compare the training text of all domains that have one, and do not stream it, with the held-out text of all.

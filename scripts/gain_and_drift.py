@@ -4,7 +4,8 @@ One domain (biomedicine) with a model that writes its own past, causal. Of every
 learning rates, the anchor on text of the model's own at a fixed λ, on foreign text, with a budget, and with what the
 fixed λ drifts, on rows apart, as its budget. Drift is the rise of the loss on text that the base model wrote with
 another seed, and that nothing was trained on; gain is the fall of the loss on held-out text of the domain; both in
-nats per token. Every finished run is kept in ``--output`` and not made again.
+nats per token. Every finished run is kept in ``--output`` and not made again; `runs.json` and `frontier.svg` there are
+of all. ``--kept FILE`` trains nothing: it prints and draws what such a file holds.
 
 The runs ``das …`` are the soft-masks of DAS alone (of the update, which Adam does not cancel), with importance from
 dropout or from what the model writes; of the shuffled ones every layer's importances are dealt out to its units at
@@ -34,6 +35,8 @@ from das_lm.methods import DAS, Anchor
 from das_lm.methods.writing import Writer, facts_of, load_written, save_written
 from das_lm.model.loading import load_model, load_tokenizer, model_path
 from das_lm.randomness import permutation
+from das_lm.report.drawing import drawing_style
+from das_lm.report.figures import frontier
 from das_lm.report.frontier import Frontier
 from das_lm.run.recipe import Recipe
 from das_lm.units.soft_mask import SoftMask
@@ -201,21 +204,51 @@ def told(found: dict[str, list[dict[str, Any]]], budget: float) -> None:
         name: [Estimate.of([one[key] for one in runs]) for key in ("gain", "drift")] for name, runs in found.items()
     }
     plain = [(gain.mean, drift.mean) for name, (gain, drift) in means.items() if name.startswith("plain")]
-    frontier, best = Frontier(plain) if plain else None, max((gain for gain, _ in plain), default=0.0)
-    print(f"\n{'':24} seeds {'gain':>15} {'drift':>17}   of the best gain   of plain drift at equal gain")
+    envelope, best = Frontier(plain) if plain else None, max((gain for gain, _ in plain), default=0.0)
+    width = max(map(len, means), default=0)
+    print(f"\n{'':{width}} seeds {'gain':>15} {'drift':>17}   of the best gain   of plain drift at equal gain")
     for name, (gain, drift) in means.items():
         halves = [f" ± {one.half:.3f}" if one.half is not None else "" for one in (gain, drift)]
         beside = ""
-        if frontier and not name.startswith("plain"):
-            of_plain = frontier.loss(gain.mean)
+        if envelope and not name.startswith("plain"):
+            of_plain = envelope.loss(gain.mean)
             ratio = f"{drift.mean / of_plain:.0%}" if of_plain else "no plain run"
             beside = f"{gain.mean / best:>16.0%}   {ratio:>28}"
-        row = f"{name:24} {len(found[name]):>5} {gain.mean:>7.3f}{halves[0]:8} {drift.mean:>9.4f}{halves[1]:8}"
+        row = f"{name:{width}} {len(found[name]):>5} {gain.mean:>7.3f}{halves[0]:8} {drift.mean:>9.4f}{halves[1]:8}"
         print(f"{row}   {beside}")
     for name, runs in found.items():
-        if name.startswith("budget @"):
+        if name.startswith("budget") and "of self" not in name:
             held = sum(one["drift_interval"][0] <= budget for one in runs)
             print(f"\nThe budget of {budget:g} holds within its interval in {held} of {len(runs)} seeds")
+
+
+def kept(output: Path) -> dict[str, list[dict[str, Any]]]:
+    """The runs that are in a directory: name -> one of each seed."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted(output.glob("*@* *.json")):
+        found.setdefault(path.stem.rpartition(" ")[0], []).append(json.loads(path.read_text(encoding="utf-8")))
+    return found
+
+
+def draw(found: dict[str, list[dict[str, Any]]], output: Path) -> None:
+    """Write `frontier.svg` (and `.png`): what each run loses against what it gains; plain training is one line."""
+    curves: dict[str, dict[str, Any]] = {}
+    for name, runs in sorted(found.items(), key=lambda item: not item[0].startswith("plain")):
+        kind, _, rate = name.partition(" @")
+        label = "plain training" if kind == "plain" else f"{kind}, learning rate {rate}"
+        curve = curves.setdefault(label, {"name": label, "x_label": "", "points": []})
+        curve["x_label"] = "learning rate" if kind == "plain" else ""
+        point: dict[str, Any] = {"value": float(rate), "forgetting": None}
+        for key in ("gain", "drift"):
+            estimate = Estimate.of([one[key] for one in runs])
+            point |= {key: estimate.mean, f"{key}_half": estimate.half}
+        curve["points"].append(point)
+    for curve in curves.values():
+        curve["points"].sort(key=lambda point: point["value"])
+    with drawing_style():
+        drawing = frontier(list(curves.values()), "nats per token", {})
+    if drawing is not None:
+        drawing.save(output, drawing.name)
 
 
 def main() -> None:
@@ -242,7 +275,14 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--output", type=Path, default=Path("output/gain_and_drift"))
+    parser.add_argument(
+        "--kept", type=Path, metavar="FILE", help="a runs.json: its table and figure, without training"
+    )
     args = parser.parse_args()
+    if args.kept:
+        found = json.loads(args.kept.read_text(encoding="utf-8"))
+        told(found, args.budget)
+        return draw(found, args.kept.parent)
     args.output.mkdir(parents=True, exist_ok=True)
     if args.gguf and not Path(args.model).exists():
         convert(args.gguf, args.model)
@@ -260,6 +300,8 @@ def main() -> None:
             words = f"gain {one['gain']:.3f}  drift {one['drift']:+.4f} ({low:+.4f} to {high:+.4f})"
             print(f"seed {seed}  {name:24} {words}  {one.get('landed_at', '')}", flush=True)
     told(found, args.budget)
+    write_json(args.output / "runs.json", kept(args.output))
+    draw(kept(args.output), args.output)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
 """What the scripts compute themselves: the numbers of the built-in models, the rows of the benchmark."""
 
 import json
+import re
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +13,8 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokeniz
 from das_lm.data.built_in import BASE_MODEL, CAUSAL_MODEL
 from das_lm.measure.cloze import cloze_accuracy, load_questions
 from tests.helpers import load_script
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
@@ -52,3 +57,16 @@ def test_the_benchmark_of_per_example_gradients(capsys):
     load_script("benchmark").per_example(rounds=1)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3 and all("loop / per example" in line for line in lines[1:])
+
+
+def test_the_published_runs_of_a_real_decoder_are_printed_and_drawn_again(tmp_path, monkeypatch, capsys):
+    """Plain training's frontier, and what the anchor drifts beside it, as the README says on its first screen."""
+    runs = tmp_path / "runs.json"
+    shutil.copy(ROOT / "scripts" / "measured" / "smollm2" / "runs.json", runs)
+    monkeypatch.setattr(sys, "argv", ["gain_and_drift.py", "--kept", str(runs)])
+    load_script("gain_and_drift").main()
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("anchor, share 1, λ2 @7e-5")]
+    part = re.search(r"(\d+)% *$", row)[1]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Two commands")[0]
+    assert f"drifts by {part} % of what plain training does at the same gain" in " ".join(readme.split())
+    assert (tmp_path / "frontier.svg").read_text(encoding="utf-8").rstrip().endswith("</svg>")

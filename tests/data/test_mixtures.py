@@ -151,3 +151,23 @@ training: {{num_train_epochs: 1, per_device_train_batch_size: 1, max_length: 32,
         blocks = pack(domain.load().train, tokenizer, 32)
         assert seen[domain.name] == sum(len(row["input_ids"]) for row in blocks) > 300
     assert set(seen) == {"a", "b", "general, remembered"}
+
+
+def test_replayed_rows_are_no_domains_rows_where_all_are_learned_together(files, tmp_path):
+    """`joint` learns both domains in the second stage, and `replay` puts rows in the place of theirs."""
+    (tmp_path / "recipe.yaml").write_text(f"""
+model_name_or_path: built-in-causal
+output_dir: unused
+method: [joint, replay]
+remember: [{{name: general, data: built-in, max_documents: 20}}]
+domains:
+  - {{name: a, data: {files}/a.txt, max_documents: 200}}
+  - {{name: b, data: {files}/b.txt, max_documents: 200}}
+training: {{max_steps: 20, per_device_train_batch_size: 4, max_length: 32, replay_ratio: 0.5, report_to: none,
+           use_cpu: true}}
+""")
+    assert run_recipe(tmp_path, tmp_path / "out") == 0
+    seen = Results.load(tmp_path / "out").stages[-1]["tokens_seen"]
+    replayed = sum(count for name, count in seen.items() if name.endswith(", replayed"))
+    assert set(seen) >= {"a", "b", "general, replayed"}
+    assert 0.3 < replayed / sum(seen.values()) < 0.7 and 0.25 < seen["a"] / (seen["a"] + seen["b"]) < 0.75

@@ -106,7 +106,7 @@ def test_the_readme_command_runs_the_whole_recipe(tmp_path):
     assert [stage["name"] for stage in results.stages] == ["base", "bio", "cs"]
     matrix, accuracy = results.matrix(), results.matrix("accuracy")  # [stages, (general, bio, cs)]
     assert matrix[1, 1] < matrix[0, 1] - 0.5 and matrix[2, 2] < matrix[1, 2] - 0.5  # both domains are learned
-    assert accuracy[2, 0] > accuracy[0, 0] - 0.04  # and what was known is kept
+    assert accuracy[2, 0] > accuracy[0, 0] - 0.04  # and what was known is kept: plain training loses 0.18 here
     assert "forgetting rate" in result.stdout
     # What was seen on the way, and the page that shows it.
     for stage in results.stages[1:]:

@@ -43,6 +43,11 @@ from das_lm.units.soft_mask import SoftMask
 
 DAS_RUNS = ("das proxy", "das proxy shuffled", "das remembered", "das remembered shuffled")
 RUNS = ("plain", "self", "foreign", "budget", "budget of self", *DAS_RUNS)
+WORDS = {
+    "plain": "plain training",
+    "self": "anchor on its own text",
+    "foreign": "anchor on foreign text",
+}  # in figures
 FRESH_SEED = 10_000  # of the text that drift is measured on
 
 
@@ -231,17 +236,22 @@ def kept(output: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def draw(found: dict[str, list[dict[str, Any]]], output: Path) -> None:
-    """Write `frontier.svg` (and `.png`): what each run loses against what it gains; plain training is one line."""
+    """Write `frontier.svg` (and `.png`): what each run loses against what it gains, its seeds' range as bars."""
     curves: dict[str, dict[str, Any]] = {}
     for name, runs in sorted(found.items(), key=lambda item: not item[0].startswith("plain")):
         kind, _, rate = name.partition(" @")
-        label = "plain training" if kind == "plain" else f"{kind}, learning rate {rate}"
+        word, _, weight = kind.partition(" ")
+        label = " ".join([WORDS.get(word, f"anchor, {word}" if word == "budget" else word), weight]).rstrip()
+        label = label if kind == "plain" else f"{label}, learning rate {rate}"
         curve = curves.setdefault(label, {"name": label, "x_label": "", "points": []})
         curve["x_label"] = "learning rate" if kind == "plain" else ""
         point: dict[str, Any] = {"value": float(rate), "forgetting": None}
         for key in ("gain", "drift"):
-            estimate = Estimate.of([one[key] for one in runs])
-            point |= {key: estimate.mean, f"{key}_half": estimate.half}
+            values = [one[key] for one in runs]
+            point |= {
+                key: sum(values) / len(values),
+                f"{key}_half": (max(values) - min(values)) / 2,
+            }  # of two: to both
         curve["points"].append(point)
     for curve in curves.values():
         curve["points"].sort(key=lambda point: point["value"])

@@ -92,8 +92,8 @@ def test_the_published_runs_of_a_real_decoder_are_printed_and_drawn_again(tmp_pa
     shutil.copy(ROOT / "scripts" / "measured" / "smollm2" / "runs.json", runs)
     monkeypatch.setattr(sys, "argv", ["gain_and_drift.py", "--kept", str(runs)])
     load_script("gain_and_drift").main()
-    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("anchor, share 1, λ2")]
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("self λ2 @7e-5")]
     parts = [re.search(r"(\d+)% *$", row)[1] for row in rows]
     readme = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Two commands")[0]
-    assert f"{' % and '.join(parts)} % of what plain training does at the same gain" in " ".join(readme.split())
+    assert f"by {parts[0]} % of what plain training does at the same gain" in " ".join(readme.split())
     assert (tmp_path / "frontier.svg").read_text(encoding="utf-8").rstrip().endswith("</svg>")

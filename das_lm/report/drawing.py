@@ -12,10 +12,9 @@ from matplotlib import style
 from matplotlib.figure import Figure
 
 from das_lm.files import write_text
+from das_lm.report.table import Rows
 from das_lm.terminal import printable
 
-#: Rows of cells, the first the header.
-Rows = list[list[str]]
 WIDTH = 8.0  # inches
 #: Okabe and Ito's colours, told apart with any colour vision; each with a dash pattern of its own.
 STYLES = (
@@ -41,10 +40,6 @@ STYLE = {
 }
 
 
-class Strong(str):
-    """A cell that stands out."""
-
-
 @dataclass
 class Drawing:
     """
@@ -57,6 +52,7 @@ class Drawing:
         figure: the figure.
         tables: title -> rows.
         svg: the figure as it goes into a page, see [`inline_svg`]; after [`save`].
+        width: of the figure, in rem.
     """
 
     name: str
@@ -65,6 +61,7 @@ class Drawing:
     figure: Figure
     tables: dict[str, Rows] = field(default_factory=dict)
     svg: str = ""
+    width: float = 0
 
     def save(self, directory: Path, name: str) -> None:
         """Write `NAME.png` and `NAME.svg`, each whole or not at all; all that then remains of the figure is `svg`."""
@@ -79,7 +76,7 @@ class Drawing:
         finally:
             temporary.unlink(missing_ok=True)
         write_text(directory / f"{name}.svg", text)
-        self.svg = inline_svg(text, name)
+        self.svg, self.width = inline_svg(text, name), round(6 * self.figure.get_figwidth(), 1)  # 16 px are a rem
         self.figure.clear()
 
 

@@ -1,42 +1,97 @@
-"""Tables of text cells, for the console and for files."""
+"""A table of text cells, as it is drawn on the console, in Markdown and in HTML."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from urllib.parse import quote
 
+import rich.table
+from markupsafe import Markup
+from markupsafe import escape as as_html
 from rich.markup import escape
-from rich.table import Table
 
+from das_lm.report.terms import defined
 from das_lm.terminal import printable
 
+#: Rows of cells, the first the header.
+Rows = list[list[str]]
 #: Characters that could be HTML, a link, a picture, code, or the end of a cell -> how they are shown in Markdown.
 _ESCAPES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"} | {one: f"\\{one}" for one in "\\`[]|"})
 
 
-def console_table(title: str, rows: Sequence[Sequence[str]], words: Collection[str] = ()) -> Table:
+class Strong(str):
+    """A cell that stands out."""
+
+
+class Links(str):
+    """A cell of links to other files of the report: text -> its path from the page."""
+
+    targets: dict[str, str]
+
+    @classmethod
+    def to(cls, targets: Mapping[str, str]) -> Links:
+        cell = cls(", ".join(targets))
+        cell.targets = dict(targets)
+        return cell
+
+
+@dataclass
+class Table:
     """
-    For the console.
+    A table.
 
     Args:
-        title: above it.
+        title: above it; `""` for none.
         rows: the first is the header.
         words: headers of the columns that hold no numbers, besides the first.
     """
-    table = Table(title=escape(title), title_justify="left")
-    for number, name in enumerate(rows[0]):
-        table.add_column(escape(name), justify="left" if number == 0 or name in words else "right", overflow="fold")
-    for row in rows[1:]:
-        table.add_row(*map(escape, row))
-    return table
+
+    title: str
+    rows: Sequence[Sequence[str]]
+    words: Collection[str] = ()
+
+    def console(self) -> rich.table.Table:
+        """For the console."""
+        table = rich.table.Table(title=escape(self.title), title_justify="left")
+        for number, name in enumerate(self.rows[0]):
+            is_words = number == 0 or name in self.words
+            table.add_column(escape(name), justify="left" if is_words else "right", overflow="fold")
+        for row in self.rows[1:]:
+            table.add_row(*map(escape, row))
+        return table
+
+    def markdown(self) -> str:
+        """As a paragraph of Markdown, without its title."""
+        header, *rows = ([as_markdown(cell) for cell in row] for row in self.rows)
+        return "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *rows])
+
+    def html(self) -> Markup:
+        """As it stands in a page, without its title; it scrolls in a box of its own."""
+        head = "".join(f'<th scope="col">{defined(cell)}</th>' for cell in self.rows[0])
+        body = "\n".join(f"<tr>{''.join(map(_cell, range(len(row)), row))}</tr>" for row in self.rows[1:])
+        return Markup(
+            f'<div class="scroll" tabindex="0"><table>\n<thead><tr>{head}</tr></thead>\n'
+            f"<tbody>\n{body}\n</tbody></table></div>"
+        )
+
+
+def _cell(column: int, cell: str) -> str:
+    if column == 0:
+        return f'<th scope="row">{defined(cell)}</th>'
+    if isinstance(cell, Links):
+        links = (f'<a href="{as_html(quote(path))}">{as_html(text)}</a>' for text, path in cell.targets.items())
+        return f'<td class="words">{", ".join(links)}</td>'
+    kind = ' class="strong"' if isinstance(cell, Strong) else ' class="words"' if len(cell) > 60 else ""
+    unbroken = cell.replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
+    return f"<td{kind}>{as_html(unbroken)}</td>"
 
 
 def markdown_tables(tables: Mapping[str, Sequence[Sequence[str]]]) -> list[str]:
     """Title -> rows, the first the header, as paragraphs of Markdown."""
-    parts = []
-    for title, (header, *rows) in tables.items():
-        lines = [list(map(as_markdown, header)), ["---"] * len(header), *(map(as_markdown, row) for row in rows)]
-        parts += [f"## {as_markdown(title)}", "\n".join(f"| {' | '.join(line)} |" for line in lines)]
-    return parts
+    return [
+        part for title, rows in tables.items() for part in (f"## {as_markdown(title)}", Table("", rows).markdown())
+    ]
 
 
 def as_markdown(text: str) -> str:

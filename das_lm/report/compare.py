@@ -219,22 +219,21 @@ class Comparison:
             self._measured(("gain", *COSTS)),
             {id(one.configuration): one for one in self.at_equal_gain()},
         )
-        rows = [["run", "rank", "kept", *(FIGURES[figure] for figure in shown), "seeds"]]
-        against = f"at equal gain, against {self.reference.name}" if verdicts else ""
-        rows[0] += [against] if against else []
+        rows = [["run", "kept", *(FIGURES[figure] for figure in shown), *(["at equal gain"] if verdicts else [])]]
         for rank, one in enumerate(self.ranked(), 1):
-            cells = [str(rank), self._cell(self._kept(one)), *(self._cell(one.estimate(figure)) for figure in shown)]
-            rows.append([one.label, *cells, str(len(one.runs))])
-            if against:
-                beside = verdicts.get(id(one))
-                rows[-1].append(self._in_short(beside) if beside else "the reference")
+            cells = [self._cell(self._kept(one)), *(self._cell(one.estimate(figure)) for figure in shown)]
+            if verdicts:
+                cells.append(self._in_short(verdicts[id(one)]) if id(one) in verdicts else "the reference")
+            rows.append([f"{rank}. {one.label}", *cells])
         return rows
 
     def _in_short(self, one: AtEqualGain) -> str:
         if one.problem:
-            return "gains too little or too much" if one.problem.startswith("no equal gain") else one.problem
+            return "no equal gain" if one.problem.startswith("no equal gain") else one.problem
         known = [figure for figure, difference in one.differences.items() if difference is not None]
-        return ", ".join(f"{FIGURES[figure]}: {one.verdict(figure)}" for figure in known)
+        verdicts = {FIGURES[figure]: one.verdict(figure) for figure in known}
+        same = set(verdicts.values())
+        return same.pop() if len(same) == 1 else ", ".join(f"{verdict} {name}" for name, verdict in verdicts.items())
 
     def ranking_reading(self) -> str:
         """How the ranking is to be read."""

@@ -61,10 +61,11 @@ def change_curves(results: Results, plain: Results | None = None) -> Drawing:
         axes.plot(*change_of.T, color=colour, linewidth=1.6)
         at_ends = np.searchsorted(change_of[:, 0], ends, side="right") - 1
         axes.plot(*change_of[at_ends].T, "o", color=colour, markersize=3.5)
-        _end(axes, change_of[-1], colour)
         if domain in theirs:
             _reference(axes, change_of, theirs[domain] - [0, theirs[domain][0, 1]])
-        axes.set_title(short(domain, 30) + ("" if stage else " (never learned)"), loc="left", fontsize=9)
+        name = short(domain, 24) if stage else f"{short(domain, 12)} (never learned)"
+        axes.set_title(name, loc="left", fontsize=8.5)
+        axes.set_title(change(float(change_of[-1, 1]), "loss"), loc="right", fontsize=8.5, color=colour, weight="bold")
         axes.set_xlim(-0.02 * ends[-1], 1.02 * ends[-1])
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(5))
@@ -81,24 +82,18 @@ def change_curves(results: Results, plain: Results | None = None) -> Drawing:
     table = [["step", *points]]
     table += [[f"{s:,}", *(score(v[s], "loss") if s in v else "–" for v in values.values())] for s in steps]
     measured = any("held_out" in entry for stage in stages_of(results) for entry in stage.get("history", ()))
+    jumps = any(len(set(curve[:, 0])) < len(curve) for curve in points.values())
+    landing = " A jump at the end of a stage: what its method did to the weights then." if jumps else ""
     between_ends = "" if measured else " Nothing was measured within a stage, the lines only join its ends."
     reference = " Dashed: plain training; where it leaves the panel, an arrow says where it ends." if plain else ""
     return Drawing(
         "held-out-loss",
         "Held-out loss: change from the base model",
         f"In {results.unit}; below 0 is better. Every panel has a scale of its own. Grey: while the domain is "
-        f"learned; vertical lines and dots: the ends of the stages.{reference}{between_ends}",
+        f"learned; vertical lines and dots: the ends of the stages.{reference}{landing}{between_ends}",
         figure,
         {"held-out loss": table},
     )
-
-
-def _end(axes: Axes, point: np.ndarray, colour: str) -> None:
-    """The number at the end of a curve, above or below it."""
-    text, offset = change(float(point[1]), "loss"), (0, 6) if point[1] > 0 else (0, -6)
-    up = "bottom" if point[1] > 0 else "top"
-    axes.annotate(text, point, offset, textcoords="offset points", ha="right", va=up, fontsize=8, color=colour)
-    axes.margins(y=0.22)
 
 
 def _reference(axes: Axes, own: np.ndarray, theirs: np.ndarray) -> None:
@@ -107,9 +102,10 @@ def _reference(axes: Axes, own: np.ndarray, theirs: np.ndarray) -> None:
     if high - low <= 4 * np.ptp(own[:, 1]):
         axes.plot(*theirs.T, color=GREY, linestyle=STYLES[1][1], linewidth=1.2)
         return
-    limits = axes.get_ylim()
-    axes.set_ylim(limits)
+    low, high = axes.get_ylim()
     is_above = theirs[-1, 1] > own[-1, 1]
+    room = 0.2 * (high - low)
+    axes.set_ylim(low - room * (not is_above), high + room * is_above)
     text = f"plain training ends at {change(float(theirs[-1, 1]), 'loss')} {'↑' if is_above else '↓'}"
     place = (0.02, 0.97 if is_above else 0.03)
     axes.text(*place, text, transform=axes.transAxes, va="top" if is_above else "bottom", fontsize=7.5, color="0.35")

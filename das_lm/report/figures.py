@@ -57,8 +57,8 @@ def result_matrix(results: Results, measure: str) -> Drawing:
         f"matrix-{measure.replace('_', '-')}",
         f"Result matrix: {name}{unit}",
         f"{'Lower' if measure in LOWER_IS_BETTER else 'Higher'} is better; small: the change from the base model. "
-        "Blue: better than it; orange: worse; every column has a scale of its own, the strongest colour is its largest "
-        "change. Framed: the stage that learned it."
+        "Blue: better than it; orange: worse; every column has a scale of its own, the strongest colour is its "
+        "largest change. Framed: the stage that learned it."
         + (" In brackets, in the table: 95 % interval." if has_intervals else ""),
         figure,
         {"": table},

@@ -22,7 +22,7 @@ from das_lm.report.benchmark import SUMMARY_NAME, Report
 from das_lm.report.drawing import drawing_style
 from das_lm.report.parts import Page
 from das_lm.report.plain import plain_twin
-from das_lm.report.run_page import load, run_page
+from das_lm.report.run_page import GOES_ON, load, run_page
 from das_lm.report.runs import find_runs
 from das_lm.report.several_page import benchmark_page, comparison_page, load_benchmark
 from das_lm.report.table import Table
@@ -32,7 +32,7 @@ from das_lm.terminal import Console, printable
 SEVERAL_NAME = "report"  # where the page of several runs goes
 SINGLE_NAME = "reports"  # and below it those of each
 TEMPLATES = Path(__file__).parent / "templates"
-RELOAD = 15  # seconds after which the page of a run that goes on loads itself again
+_RELOAD = '<meta http-equiv="refresh" content="15">'  # on the page of a run that goes on, in seconds
 
 
 def write_report(runs: Sequence[Path | str], output: Path | str | None = None, title: str | None = None) -> Path:
@@ -84,11 +84,18 @@ def write_report(runs: Sequence[Path | str], output: Path | str | None = None, t
 
 def write_running(results: Results, output: Path) -> None:
     """Write the page of a run that goes on, without files of its figures; it loads itself again."""
-    with drawing_style(), TemporaryDirectory() as scratch:
+    with drawing_style():
         page = run_page(results, plain_twin(results, output))
         for drawing in page.drawings:
-            drawing.save(Path(scratch), drawing.name)
-    write_text(output / PAGE_NAME, _render(f"das-lm: {output.resolve().name}", page, reload=RELOAD))
+            drawing.draw(drawing.name)
+    write_text(output / PAGE_NAME, _render(f"das-lm: {output.resolve().name}", page, reload=_RELOAD))
+
+
+def stop_reloading(output: Path) -> None:
+    """Say on the page of a run that has ended early that it goes on no more."""
+    page = output / PAGE_NAME
+    if page.is_file() and (text := page.read_text(encoding="utf-8")) != (still := text.replace(_RELOAD, "", 1)):
+        write_text(page, still.replace(GOES_ON, "It has ended there."))
 
 
 def _pages(
@@ -109,7 +116,7 @@ def _pages(
         files[links[path]] = _render(f"das-lm: {labels[path]}", page, up=f"../{PAGE_NAME}")
     runs = [path for path, loaded in places.items() if isinstance(loaded, Results)]
     others = {labels[path]: links[path] for path in places}
-    links = {path.resolve(): (labels[path], link) for path, link in links.items()}
+    links = {path.resolve(): link for path, link in links.items()}
     page = _drawn(lambda: comparison_page(runs, links, others), title, figures, "comparison-")
     return {PAGE_NAME: _render(title, page, values=VALUES_NAME if values else ""), **files}
 
@@ -157,10 +164,10 @@ def _labels(places: Sequence[Path]) -> dict[Path, str]:
     return {path: os.path.relpath(full, shared) for path, full in resolved.items()}
 
 
-def _render(title: str, page: Page, reload: int = 0, values: str = "", up: str = "") -> str:
+def _render(title: str, page: Page, reload: str = "", values: str = "", up: str = "") -> str:
     """
     Args:
-        reload: after so many seconds; 0 for never.
+        reload: the tag by which it loads itself again, if it does.
         values: the file of all values, from the page.
         up: the page that links to this one.
     """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from das_lm.report.words import between, budget_findings, change, duration, gibi
 
 #: Figures of `summarize` for which a positive value is good.
 GOOD = ("gain", "backward_transfer", "forward_transfer")
+GOES_ON = "While the run goes on, this page loads itself again."
 #: Of `Results.run`: shown elsewhere, or numbers of a figure.
 NO_FACTS = ("recipe", "warnings", "documents", "description", "inputs", "targets", "running")
 
@@ -48,7 +49,7 @@ def run_page(results: Results, plain: Results | None) -> Page:
     bold = " (bold: 0 lies outside the 95 % interval)" if results.intervals else ""
     trained = [*results.stages[1:], *run.get("running", ())]
     has_steps = bool(trained) and all("step" in stage for stage in trained)
-    maps = any("importance" in stage for stage in trained)
+    maps = not run.get("running") and any("importance" in stage for stage in trained)  # they take long to draw
     first, *others = (result_matrix(results, measure) for measure in results.measures)
     parts = [
         Part("Over training", drawings=_over_training(results, plain, has_steps)),
@@ -132,7 +133,8 @@ def _cost_headline(results: Results) -> list[Headline]:
     steps, tokens = sum(stage.get("step", 0) for stage in stages), sum(map(_tokens, stages))
     beside = []
     if tokens:
-        beside.append(f"{tokens:,} tokens" + (f", {tokens / sum(seconds):,.0f} a second" if all(seconds) else ""))
+        beside.append(f"{tokens:,} tokens")
+        beside += [f"{tokens / sum(seconds):,.0f} tokens a second"] if all(seconds) else []
     if peaks := [stage["peak_memory"] for stage in stages if stage.get("peak_memory")]:
         beside.append(f"peak memory {gibibytes(max(peaks))}")
     many = f"{steps:,} step{'s' * (steps != 1)}" if steps else ""
@@ -178,9 +180,9 @@ def _notes(results: Results) -> list[str]:
         of = f" of {running[0]['max_steps']:,}" if running[0].get("max_steps") else ""
         notes.append(
             f"Running: {running[0]['name']}, step {running[0]['step']:,}{of}, drawn at {running[0]['drawn']}. "
-            "While the run goes on, this page loads itself again."
+            f"{GOES_ON}"
         )
-    if not is_finished(results):
+    elif not is_finished(results):
         missing = {name: stage for name, stage in results.domains.items() if (stage or 0) >= len(results.stages)}
         names = ", ".join(f"{name} (stage {stage})" for name, stage in missing.items())
         notes.append(
@@ -386,12 +388,18 @@ def _facts(results: Results) -> Rows:
     return rows
 
 
+def _flat(facts: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in facts.items():
+        inner = _flat(value) if isinstance(value, Mapping) else [("", value)]
+        yield from ((f"{name} {key}".strip(), one) for key, one in inner)
+
+
 def as_rows(facts: Mapping[str, Any]) -> Rows:
     """A table of two columns."""
     rows = []
     for key, value in facts.items():
         if isinstance(value, Mapping):
-            value = ", ".join(f"{name} {one}" for name, one in value.items())
+            value = ", ".join(f"{name} {one}" for name, one in _flat(value))
         elif isinstance(value, list):
             value = ", ".join(map(str, value))
         if value not in (None, ""):

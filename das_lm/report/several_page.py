@@ -19,15 +19,13 @@ from das_lm.report.table import Links
 REPORTS = "The report of every run"
 
 
-def comparison_page(
-    directories: Sequence[Path], links: Mapping[Path, tuple[str, str]], others: Mapping[str, str]
-) -> Page:
+def comparison_page(directories: Sequence[Path], links: Mapping[Path, str], others: Mapping[str, str]) -> Page:
     """
     The ranking first, a row per configuration; then the runs at equal gain.
 
     Args:
         directories: of runs.
-        links: resolved directory -> its name and the path of its own page.
+        links: resolved directory -> the path of its own page.
         others: name of everything that has a page -> its path.
     """
     pages = Part(
@@ -37,16 +35,14 @@ def comparison_page(
         comparison = compare(directories)
     except UserError as error:
         return Page(notes=[f"The runs are not compared: {error}."], parts=[pages])
-    ranking = comparison.ranking()
-    header, *rows = ranking
+    header, *rows = comparison.ranking()
     for row, one in zip(rows, comparison.ranked(), strict=True):
-        targets = {f"seed {seed}": links[run.directory.resolve()][1] for seed, run in one.runs.items()}
-        row.append(Links.to(targets))
+        row.insert(1, Links.to({seed: links[run.directory.resolve()] for seed, run in one.runs.items()}))
     drawing = frontier(comparison.frontier, comparison.unit, {})
     tables = list(comparison.tables().items())
     parts = [
-        Part("Ranking", [comparison.ranking_reading()], tables={"": [[*header, "reports"], *rows]}),
-        Part("What was lost against what was gained", drawings=[drawing] if drawing else []),
+        Part("Ranking", [comparison.ranking_reading()], tables={"": [[header[0], "seeds", *header[1:]], *rows]}),
+        Part("Frontier", drawings=[drawing] if drawing else []),
         Part("At equal gain", findings=comparison.findings(), tables=dict(tables[1:]), folded=dict(tables[:1])),
         Part("How to read it", [comparison.reading()]),
         pages,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from urllib.parse import quote
@@ -68,21 +69,29 @@ class Table:
 
     def html(self) -> Markup:
         """As it stands in a page, without its title; it scrolls in a box of its own."""
-        head = "".join(f'<th scope="col">{defined(cell)}</th>' for cell in self.rows[0])
-        body = "\n".join(f"<tr>{''.join(map(_cell, range(len(row)), row))}</tr>" for row in self.rows[1:])
+        header, *rows = self.rows
+        kinds = [' class="text"' if number and _is_text(rows, number) else "" for number in range(len(header))]
+        head = "".join(f'<th scope="col"{kind}>{defined(cell)}</th>' for kind, cell in zip(kinds, header, strict=True))
+        body = "\n".join(f"<tr>{''.join(map(_cell, range(len(row)), row, kinds))}</tr>" for row in rows)
         return Markup(
-            f'<div class="scroll" tabindex="0"><table>\n<thead><tr>{head}</tr></thead>\n'
+            f'<div class="scroll" tabindex="0"><table>\n{f"<thead><tr>{head}</tr></thead>" if any(header) else ""}\n'
             f"<tbody>\n{body}\n</tbody></table></div>"
         )
 
 
-def _cell(column: int, cell: str) -> str:
+def _is_text(rows: Sequence[Sequence[str]], column: int) -> bool:
+    """Whether a column holds words, no numbers."""
+    return not any(re.match(r"[+−-]?\d|–|about ", row[column]) for row in rows)
+
+
+def _cell(column: int, cell: str, kind: str) -> str:
     if column == 0:
         return f'<th scope="row">{defined(cell)}</th>'
     if isinstance(cell, Links):
         links = (f'<a href="{as_html(quote(path))}">{as_html(text)}</a>' for text, path in cell.targets.items())
-        return f'<td class="words">{", ".join(links)}</td>'
-    kind = ' class="strong"' if isinstance(cell, Strong) else ' class="words"' if len(cell) > 60 else ""
+        return f'<td class="links">{", ".join(links)}</td>'
+    kind = ' class="strong"' if isinstance(cell, Strong) else ' class="words"' if len(cell) > 60 else kind
+    cell = re.sub(r"(?<![\w.-])-(?=\d)", "−", cell)
     unbroken = cell.replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
     return f"<td{kind}>{as_html(unbroken)}</td>"
 

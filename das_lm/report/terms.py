@@ -31,7 +31,7 @@ TERMS = {
     "λ": "How strongly the model is held to what it was, against what it is to learn.",
 }
 _PATTERN = re.compile(
-    rf"(?<![\w&#-])(?:{'|'.join(sorted(map(re.escape, TERMS), key=len, reverse=True))})(?![\w-])", re.IGNORECASE
+    rf"(?<![\w&#-])(?:{'|'.join(sorted(map(re.escape, TERMS), key=len, reverse=True))})(?![\w-]|\.\w)", re.IGNORECASE
 )
 
 

@@ -16,9 +16,6 @@ from das_lm.report.parts import Page, Part, listing, sentence
 from das_lm.report.run_page import as_rows, load
 from das_lm.report.table import Links
 
-REPORTS = "The report of every run"
-
-
 def comparison_page(directories: Sequence[Path], links: Mapping[Path, str], others: Mapping[str, str]) -> Page:
     """
     The ranking first, a row per configuration; then the runs at equal gain.
@@ -28,9 +25,8 @@ def comparison_page(directories: Sequence[Path], links: Mapping[Path, str], othe
         links: resolved directory -> the path of its own page.
         others: name of everything that has a page -> its path.
     """
-    pages = Part(
-        REPORTS, folded={f"{len(others)} reports": [["report"], *([Links.to({n: p})] for n, p in others.items())]}
-    )
+    listed = [["", "report"], *([name, Links.to({"open": path})] for name, path in others.items())]
+    pages = Part("The report of every run", folded={f"{len(others)} reports": listed})
     try:
         comparison = compare(directories)
     except UserError as error:

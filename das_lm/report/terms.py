@@ -30,6 +30,7 @@ TERMS = {
     "macro F1": "The F1 score of every class, averaged over the classes.",
     "λ": "How strongly the model is held to what it was, against what it is to learn.",
 }
+_MEANINGS = {term.lower(): meaning for term, meaning in TERMS.items()}
 _PATTERN = re.compile(
     rf"(?<![\w&#-])(?:{'|'.join(sorted(map(re.escape, TERMS), key=len, reverse=True))})(?![\w-]|\.\w)", re.IGNORECASE
 )
@@ -44,6 +45,6 @@ def defined(text: str) -> Markup:
         if term in seen:
             return match[0]
         seen.add(term)
-        return f'<abbr title="{escape(TERMS[term])}">{match[0]}</abbr>'
+        return f'<abbr title="{escape(_MEANINGS[term])}">{match[0]}</abbr>'
 
     return Markup(_PATTERN.sub(abbreviation, str(escape(text))))

@@ -16,6 +16,7 @@ from das_lm.report.parts import Page, Part, listing, sentence
 from das_lm.report.run_page import as_rows, load
 from das_lm.report.table import Links
 
+
 def comparison_page(directories: Sequence[Path], links: Mapping[Path, str], others: Mapping[str, str]) -> Page:
     """
     The ranking first, a row per configuration; then the runs at equal gain.

@@ -151,6 +151,7 @@ class _Stage(_Part):
     mean_importance: dict[str, float] = {}
     tokens_seen: dict[str, int] = {}
     history: list[_Moment] = []
+    samples: dict[str, list[Entry]] = {}
     importance: _Importance | None = None
     curve: list[dict[str, float]] = []
     predictions: list[float] = []

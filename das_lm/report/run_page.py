@@ -54,6 +54,7 @@ def run_page(results: Results, plain: Results | None) -> Page:
     parts = [
         Part("Over training", drawings=_over_training(results, plain, has_steps)),
         Part("After every stage", drawings=[first, *others]),
+        _samples(results),
         Part(
             "In numbers",
             words=_words(results),
@@ -353,6 +354,26 @@ def _further_tables(results: Results) -> dict[str, Rows]:
 
 def _optional(scores: Mapping[str, float], key: str) -> str:
     return f"{scores[key]:.4f}" if key in scores else "–"
+
+
+def _samples(results: Results) -> Part:
+    """What the base model and the newest one say at the same places."""
+    base, last = (stage.get("samples", {}) for stage in (results.stages[0], results.stages[-1]))
+    rows = [["domain", "text", "right", "base", f"after {results.stages[-1]['name']}"]]
+    for domain, places in base.items():
+        for old, new in zip(places, last.get(domain, ()), strict=False):
+            if (old["before"], old["right"]) == (new["before"], new["right"]):  # new words may cut a text otherwise
+                guesses = (_guesses(one) for one in (old, new))
+                rows.append([domain, f"{old['before']} ____ {old['after']}".strip(), old["right"], *guesses])
+    if len(rows) == 1 or len(results.stages) == 1:
+        return Part("")
+    words = "What the model holds most probable in the gap, before the first stage and now; bold where that is right."
+    return Part("Before and after", [words], folded={f"{len(rows) - 1} places of held-out text": rows})
+
+
+def _guesses(place: Mapping[str, Any]) -> str:
+    text = ", ".join(f"{token or '␣'} {share:.0%}" for token, share in place["guesses"] if share >= 0.005)
+    return Strong(text) if place["guesses"][0][0] == place["right"] else text
 
 
 def _reasons(counts: Mapping[str, int]) -> str:

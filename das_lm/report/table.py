@@ -90,7 +90,10 @@ def _cell(column: int, cell: str, kind: str) -> str:
     if isinstance(cell, Links):
         links = (f'<a href="{as_html(quote(path))}">{as_html(text)}</a>' for text, path in cell.targets.items())
         return f'<td class="links">{", ".join(links)}</td>'
-    kind = ' class="strong"' if isinstance(cell, Strong) else ' class="words"' if len(cell) > 60 else kind
+    if not kind and len(cell) > 60:
+        kind = ' class="words"'
+    if isinstance(cell, Strong):
+        kind = ' class="strong text"' if kind else ' class="strong"'
     cell = re.sub(r"(?<![\w.-])-(?=\d)", "−", cell)
     unbroken = cell.replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
     return f"<td{kind}>{as_html(unbroken)}</td>"

@@ -34,7 +34,7 @@ from das_lm.methods import METHODS, unread_options, without_effect
 from das_lm.model import adapters
 from das_lm.model.loading import check_model, is_causal, load_model, load_tokenizer, model_path
 from das_lm.report.card import HubRepository, write_card
-from das_lm.run import live
+from das_lm.run import live, samples
 from das_lm.run.directory import (
     ASIDE_NAME,
     BASE_NAME,
@@ -92,10 +92,10 @@ def continual_pretrain(
     """
     with Signals():
         walk = Walk(recipe, resume, overwrite, halves)
-        walk.draws = report and walk.state.is_main_process
+        walk.draws = report and walk.state.is_main_process  # the page, on the way
         with _faults_in_words(walk), claimed(walk.output), live.settled(walk):
             results = walk.run()
-            if report and walk.state.is_main_process:
+            if walk.draws:
                 walk.say(f"Report: {live.finish(walk.output)}")
         return results
 
@@ -124,7 +124,6 @@ class Walk:
         self.output = Path(recipe.output_dir)
         self.stages = stages_of(recipe, self.output)
         self.restored = False  # whether a failure has put back the run that was to be overwritten
-        self.draws = False  # whether this process draws the page on the way
         self.cost: dict[str, dict[str, float]] = {}  # of a stage that this process learned: seconds and memory
         self.earlier: Results | None = None  # of the run to go on with
         self.hub: HubRepository | None = None
@@ -383,7 +382,8 @@ class Walk:
             self.console.print(f"α {facts['interpolation_alpha']}, chosen on {chosen_on}")
         weights = model_fingerprint(trainer.model)
         keys = {domain: fingerprint("held out", weights, one.fingerprint) for domain, one in windows.items()}
-        return Measured({"name": name, "scores": scores, "measured": keys, **facts}, measured)
+        row = {"name": name, "scores": scores, "measured": keys, "samples": samples.of(trainer, windows), **facts}
+        return Measured(row, measured)
 
     def record(self, index: int, measured: Measured) -> None:
         """Put a row and its intervals into the results, and write them; of a stage its card before, and push it."""

@@ -214,6 +214,21 @@ def test_at_most_two_tables_are_open(path):
     assert html.count("<details>") == html.count("</details>") and "<details open" not in html
 
 
+def test_before_and_after(tmp_path):
+    run = plain(language_run(["bio", "cs"]))
+    place = {"before": f"the {SCRIPT}", "after": "of cells", "right": "wall"}
+    run.stages[0]["samples"] = {"bio": [{**place, "guesses": [["cat", 0.5], ["wall", 0.25]]}]}
+    run.stages[-1]["samples"] = {"bio": [{**place, "guesses": [["wall", 0.75], ["", 0.2]]}]}
+    page = write_report([save(run, tmp_path / "run")])
+    assert ["bio", f"the {SCRIPT} ____ of cells", "wall", "cat 50%, wall 25%", "wall 75%, ␣ 20%"] in [
+        row for table in read(page).tables for row in table
+    ]
+    html = page.read_text(encoding="utf-8")
+    assert '<td class="strong text">wall 75%' in html and "<script" not in html
+    run.stages[-1]["samples"]["bio"][0]["right"] = "walls"  # cut in another way: nothing to compare
+    assert "Before and after" not in read(write_report([save(run, tmp_path / "other")])).of("h2")
+
+
 def test_importance_comes_last(page):
     titles = page.of("h2")
     assert titles[0] == "Over training" and titles[-3:] == ["Importance", "How the numbers came about", "Words"]

@@ -367,7 +367,10 @@ def _samples(results: Results) -> Part:
                 rows.append([domain, f"{old['before']} ____ {old['after']}".strip(), old["right"], *guesses])
     if len(rows) == 1 or len(results.stages) == 1:
         return Part("")
-    words = "What the model holds most probable in the gap, before the first stage and now; bold where that is right."
+    words = (
+        "What the model holds most probable in the gap, before the first stage and now; bold where that is right. What "
+        "was masked, too, is …"
+    )
     return Part("Before and after", [words], folded={f"{len(rows) - 1} places of held-out text": rows})
 
 

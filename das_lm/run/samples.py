@@ -43,7 +43,8 @@ def _at(trainer: ContinualTrainer, row: dict[str, Any]) -> dict[str, Any]:
     tokenizer, causal = trainer.processing_class, trainer.criterion.causal
     ids, labels = row["input_ids"], row["labels"]
     predicted = np.flatnonzero(labels != IGNORED)
-    which = _which(tokenizer, labels[predicted].tolist())
+    hidden = np.ones(len(predicted), bool) if causal else ids[predicted] == tokenizer.mask_token_id
+    which = _which(tokenizer, labels[predicted].tolist(), hidden)
     place = int(predicted[which])
     batch = trainer.data_collator([row])
     with trainer.accelerator.autocast():
@@ -61,14 +62,14 @@ def _at(trainer: ContinualTrainer, row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _which(tokenizer: Any, right: list[int]) -> int:
-    """Of the predictions of a row, the one nearest to its middle that asks for a word."""
-    middle = len(right) // 2
-    for number in sorted(range(len(right)), key=lambda number: abs(number - middle)):
+def _which(tokenizer: Any, right: list[int], hidden: np.ndarray) -> int:
+    """Of the predictions of a row, the one nearest to its middle that asks for a word which the model does not see."""
+
+    def order(number: int) -> tuple[bool, bool, int]:
         word = _text(tokenizer, [right[number]])
-        if len(word) > 3 and word.isalpha():
-            return number
-    return middle
+        return not hidden[number], not (len(word) > 3 and word.isalpha()), abs(number - len(right) // 2)
+
+    return min(range(len(right)), key=order)
 
 
 def _text(tokenizer: Any, ids: Any) -> str:

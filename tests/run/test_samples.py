@@ -24,6 +24,7 @@ def test_the_guesses_are_those_of_the_model(tmp_path):
         with torch.no_grad():
             probabilities = run.model(torch.tensor(row["input_ids"])[None]).logits[0].softmax(-1)
         at = [n for n, label in enumerate(row["labels"]) if label >= 0 and tokenizer.decode([label]) == place["right"]]
+        assert row["input_ids"][at[0]] == tokenizer.mask_token_id  # the model does not see it
         best = probabilities[at[0]].topk(3)
         assert [token for token, _ in place["guesses"]] == [
             samples._text(tokenizer, [token]) for token in best.indices.tolist()

@@ -368,8 +368,8 @@ def _samples(results: Results) -> Part:
     if len(rows) == 1 or len(results.stages) == 1:
         return Part("")
     words = (
-        "What the model holds most probable in the gap, before the first stage and now; bold where that is right. What "
-        "was masked, too, is …"
+        "What the model holds most probable in the gap, before the first stage and now; bold where that is right. "
+        "What was masked, too, is …"
     )
     return Part("Before and after", [words], folded={f"{len(rows) - 1} places of held-out text": rows})
 

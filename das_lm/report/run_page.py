@@ -84,8 +84,15 @@ def run_page(results: Results, plain: Results | None) -> Page:
             text={"Recipe": _yaml(run["recipe"])} if "recipe" in run else {},
         ),
     ]
-    verdict = plain_finding(results, plain) if plain else ""
+    verdict = plain_finding(results, plain) if plain else _how_to_know(results)
     return Page(_lead(results), _notes(results), _headlines(results, plain), verdict, [part for part in parts if part])
+
+
+def _how_to_know(results: Results) -> str:
+    """What to do where nothing is known of plain training."""
+    if "recipe" not in results.run or results.run["recipe"]["method"] == ["naive"] or not is_finished(results):
+        return ""
+    return "How plain training does here is not known: run the same with --method naive, in a directory beside this."
 
 
 def _over_training(results: Results, plain: Results | None, has_steps: bool) -> list[Any]:
@@ -121,6 +128,8 @@ def _headlines(results: Results, plain: Results | None) -> list[Headline]:
         is_noise = ends is not None and ends[0] <= 0 <= ends[1]
         if is_noise:
             beside.append("does not stand out of the noise")
+        elif value < 0:
+            beside.append("below 0: it got worse" if figure in GOOD else "below 0: it got better")
         if plain and (theirs := plain.summary()[measure][figure]) is not None:
             beside.append(f"plain training: {change(theirs, measure)}")
         mood = "" if is_noise or not value else "better" if (value > 0) == (figure in GOOD) else "worse"

@@ -229,6 +229,20 @@ def test_before_and_after(tmp_path):
     assert "Before and after" not in read(write_report([save(run, tmp_path / "other")])).of("h2")
 
 
+def test_every_table_scrolls_in_its_own_box(path):
+    html = path.read_text(encoding="utf-8")
+    assert html.count('<div class="scroll" tabindex="0"><table>') == html.count("<table>")
+
+
+def test_what_is_below_0_is_told(tmp_path):
+    run = plain(language_run(["bio", "cs"]))
+    run.stages[-1]["scores"]["bio"]["loss"] = 2.5
+    page = read(write_report([save(run, tmp_path / "run")]))
+    assert page.of("dd")[4:7] == ["−0.500", "without an interval", "below 0: it got better"]
+    assert [one for one in page.values("class") if one in ("better", "worse")] == ["better", "worse", "better"]
+    assert any("How plain training does here is not known" in text for text in page.of("p"))
+
+
 def test_importance_comes_last(page):
     titles = page.of("h2")
     assert titles[0] == "Over training" and titles[-3:] == ["Importance", "How the numbers came about", "Words"]
@@ -258,7 +272,7 @@ def test_words(page):
     assert items[2].endswith("a gain of +3.000; it was learned last, so nothing could be lost of it yet.")
     cloze = next(item for item in items if item.startswith("Gain in cloze accuracy"))
     assert cloze.endswith("it does not stand out of the noise.")
-    lead, note, first = page.of("p")[:3]
+    lead, note, _, first = page.of("p")[:4]
     assert lead == "A made-up run. The model learned bio and <script>alert(1)</script> with the method das."
     assert note == "Warning about bio: 2 documents stand there twice"
     assert "nats per masked token (lower is better) of every domain and of general, never learned" in first
@@ -353,6 +367,17 @@ def test_several_runs(tmp_path, monkeypatch):
 
 
 RATES = ((2, 0.0005), (3, 0.0015))
+
+
+def test_the_name_of_a_directory_is_no_link(tmp_path):
+    for name in ('javascript:alert(1)"><script>x', "b&b #1?"):
+        save(plain(language_run(["bio"])), tmp_path / name)
+    page = write_report([tmp_path], tmp_path / "out")
+    links = [link for link in read(page).values("href") if not link.startswith(("#", "results.csv"))]
+    assert links and all(re.fullmatch(r"reports/[\w.%-]+\.html", link) for link in links)
+    assert all((page.parent / link).is_file() for link in links)
+    for file in (page, *(page.parent / "reports").iterdir()):
+        assert "<script" not in file.read_text(encoding="utf-8")
 
 
 def test_the_ranking(tmp_path):

@@ -64,7 +64,8 @@ def _environment_as_it_was():
 def _no_report_of_every_run():
     """Drawing takes longer than these runs; `tests/end_to_end` sees the report that ends a recipe."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("das_lm.run.walk._report", lambda output: output / "report.html")
+        patch.setattr("das_lm.run.live.finish", lambda output: output / "report.html")
+        patch.setattr("das_lm.run.live.draw", lambda *progress: None)
         yield
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from das_lm.measure.held_out import HeldOut
 
 FILE_NAME = "forgetting.json"
-PAGE_NAME, FIGURES_NAME = "report.html", "figures"  # what is shown of it
+PAGE_NAME, FIGURES_NAME, VALUES_NAME = "report.html", "figures", "results.csv"  # what is shown of it
 FORMAT_VERSION = 1
 #: What is scored -> its name for people, and how one score is written.
 MEASURES = {
@@ -147,9 +147,11 @@ class _Stage(_Part):
     end_tasks: dict[str, Entry] = {}
     step: int = 0
     seconds: float | None = None
+    peak_memory: float | None = None
     mean_importance: dict[str, float] = {}
     tokens_seen: dict[str, int] = {}
     history: list[_Moment] = []
+    samples: dict[str, list[Entry]] = {}
     importance: _Importance | None = None
     curve: list[dict[str, float]] = []
     predictions: list[float] = []

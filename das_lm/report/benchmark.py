@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.table import Table
 
 from das_lm.files import write_json, write_text
 from das_lm.measure.intervals import Estimate
 from das_lm.measure.results import Results
-from das_lm.report.table import console_table, markdown_tables
+from das_lm.report.table import Table, markdown_tables
 
 SUMMARY_NAME = "benchmark.json"
 TABLE_NAME = "table.md"
@@ -168,9 +167,9 @@ class Report:
             )
         return " ".join(lines)
 
-    def tables(self) -> list[Table]:
+    def tables(self) -> list[Any]:
         """For the console."""
-        tables = [console_table(title, rows, words=("chosen",)) for title, rows in self.rows().items()]
+        tables = [Table(title, rows, words=("chosen",)).console() for title, rows in self.rows().items()]
         return [*tables, self.notes()]
 
     def markdown(self) -> str:

@@ -29,7 +29,7 @@ from das_lm.report.configurations import (
 )
 from das_lm.report.frontier import Frontier
 from das_lm.report.runs import FinishedRun, check_comparable, find_runs, is_finished
-from das_lm.report.table import as_markdown, console_table, markdown_tables
+from das_lm.report.table import Table, as_markdown, markdown_tables
 from das_lm.terminal import Console
 
 COMPARISON_NAME, TABLE_NAME = "comparison.json", "table.md"
@@ -204,6 +204,44 @@ class Comparison:
             tables[f"At equal gain, minus {self.reference.name} ({self.unit})"] = compared
         return tables
 
+    def _kept(self, one: Configuration) -> Estimate:
+        """Gain less what was lost, over the seeds."""
+        lost = [[figures[figure] or 0.0 for figure in COSTS] for figures in one.figures.values()]
+        return Estimate.of([f["gain"] - sum(costs) for f, costs in zip(one.figures.values(), lost, strict=True)])
+
+    def ranked(self) -> list[Configuration]:
+        """All configurations, the one that keeps most first."""
+        return sorted(self.configurations, key=lambda one: -self._kept(one).mean)
+
+    def ranking(self) -> list[list[str]]:
+        """Rows of cells, the first the header: a row per configuration, the one that keeps most first."""
+        shown, verdicts = (
+            self._measured(("gain", *COSTS)),
+            {id(one.configuration): one for one in self.at_equal_gain()},
+        )
+        rows = [["run", "kept", *(FIGURES[figure] for figure in shown), *(["at equal gain"] if verdicts else [])]]
+        for rank, one in enumerate(self.ranked(), 1):
+            cells = [self._cell(self._kept(one)), *(self._cell(one.estimate(figure)) for figure in shown)]
+            if verdicts:
+                cells.append(self._in_short(verdicts[id(one)]) if id(one) in verdicts else "the reference")
+            rows.append([f"{rank}. {one.label}", *cells])
+        return rows
+
+    def _in_short(self, one: AtEqualGain) -> str:
+        if one.problem:
+            return "no equal gain" if one.problem.startswith("no equal gain") else one.problem
+        known = [figure for figure, difference in one.differences.items() if difference is not None]
+        verdicts = {FIGURES[figure]: one.verdict(figure) for figure in known}
+        same = set(verdicts.values())
+        return same.pop() if len(same) == 1 else ", ".join(f"{verdict} {name}" for name, verdict in verdicts.items())
+
+    def ranking_reading(self) -> str:
+        """How the ranking is to be read."""
+        return (
+            f"By what is kept: gain less drift less forgetting, in {self.unit}, mean over the seeds. It is an order, "
+            "no verdict: whether one forgets less than another of the same gain stands under “At equal gain”."
+        )
+
     def _against(self, one: AtEqualGain, figure: str) -> str:
         difference = one.differences[figure]
         return "–" if difference is None else f"{self._cell(difference, '+')} {one.verdict(figure)}"
@@ -252,7 +290,7 @@ class Comparison:
         """Show it."""
         console = console or Console(highlight=False)
         for title, rows in self.tables().items():
-            console.print(console_table(title, rows))
+            console.print(Table(title, rows).console())
         for line in [self.reading(), *self.findings(), *self.notes]:
             console.print(escape(line), soft_wrap=True)
 

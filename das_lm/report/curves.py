@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,44 +13,102 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 from das_lm.measure.results import MEASURES, Results
 from das_lm.report.benchmark_plots import FLOOR
 from das_lm.report.drawing import GREY, INK, STYLES, WIDTH, Drawing
-from das_lm.report.words import score, short
+from das_lm.report.words import change, score, short
+
+
+def stages_of(results: Results) -> list[dict[str, Any]]:
+    """All stages after the base model, and the one that is being learned, which has no `scores` yet."""
+    return [*results.stages[1:], *results.run.get("running", ())]
 
 
 def ends_of(results: Results) -> np.ndarray:
     """Optimizer steps at the end of every stage, shape [1 + stages]; the base model's is 0."""
-    return np.cumsum([0, *(stage["step"] for stage in results.stages[1:])])
+    return np.cumsum([0, *(stage["step"] for stage in stages_of(results))])
 
 
-def held_out_curves(results: Results) -> Drawing:
-    """The held-out loss of every domain over all steps."""
+def held_out_points(results: Results) -> dict[str, np.ndarray]:
+    """Domain -> steps and losses, shape [points, 2]: those of the result matrix, and of the evaluations in between."""
     ends = ends_of(results)
     curves = {domain: [(0, results.stages[0]["scores"][domain]["loss"])] for domain in results.domains}
-    for start, end, stage in zip(ends[:-1], ends[1:], results.stages[1:], strict=True):
+    for start, end, stage in zip(ends[:-1], ends[1:], stages_of(results), strict=True):
         for domain, points in curves.items():
             points += [
                 (start + entry["step"], entry["held_out"][domain])
                 for entry in stage.get("history", ())
                 if domain in entry.get("held_out", ())
             ]
-            points.append((end, stage["scores"][domain]["loss"]))
-    figure, [axes] = _curve_axes(results, ends, "optimizer step")
-    _draw_curves(axes, results.domains, {domain: np.array(points) for domain, points in curves.items()}, ends)
-    axes.set_ylabel(f"held-out loss, {results.unit}")
-    legend(figure, axes)
-    steps = sorted({int(step) for points in curves.values() for step, _ in points})
-    values = {domain: {int(step): value for step, value in points} for domain, points in curves.items()}
-    table = [["step", *curves]]
-    table += [[f"{s:,}", *(score(values[d][s], "loss") if s in values[d] else "–" for d in curves)] for s in steps]
-    measured = any("held_out" in entry for stage in results.stages for entry in stage.get("history", ()))
+            if "scores" in stage:
+                points.append((end, stage["scores"][domain]["loss"]))
+    return {domain: np.array(points) for domain, points in curves.items()}
+
+
+def change_curves(results: Results, plain: Results | None = None) -> Drawing:
+    """What the held-out loss of every domain has changed from the base model, a panel with its own scale for each."""
+    ends, points = ends_of(results), held_out_points(results)
+    theirs = held_out_points(plain) if plain else {}
+    columns = min(3, len(points))
+    rows = -(-len(points) // columns)
+    figure = Figure(figsize=(WIDTH * (0.45, 0.75, 1.0)[columns - 1], 0.35 + 2.0 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False, sharex=True).ravel()
+    for axes, (domain, curve) in zip(panels, points.items(), strict=False):
+        stage, change_of = results.domains[domain], curve - [0, curve[0, 1]]
+        colour = STYLES[0][0] if change_of[-1, 1] <= 0 else STYLES[1][0]
+        if stage and stage < len(ends):
+            axes.axvspan(ends[stage - 1], ends[stage], color="0.93", linewidth=0)
+        for end in ends[1:-1]:
+            axes.axvline(end, color="0.75", linewidth=0.8)
+        axes.axhline(0, color="0.5", linewidth=0.8)
+        axes.plot(*change_of.T, color=colour, linewidth=1.6)
+        at_ends = np.searchsorted(change_of[:, 0], ends, side="right") - 1
+        axes.plot(*change_of[at_ends].T, "o", color=colour, markersize=3.5)
+        if domain in theirs:
+            _reference(axes, change_of, theirs[domain] - [0, theirs[domain][0, 1]])
+        name = short(domain, 24) if stage else f"{short(domain, 12)} (never learned)"
+        axes.set_title(name, loc="left", fontsize=8.5)
+        axes.set_title(change(float(change_of[-1, 1]), "loss"), loc="right", fontsize=8.5, color=colour, weight="bold")
+        axes.set_xlim(-0.02 * ends[-1], 1.02 * ends[-1])
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:+.3g}".replace("-", "−") if value else "0")
+        axes.tick_params(labelsize=8)
+        axes.grid(axis="y", color="0.92", linewidth=0.6)
+        axes.set_axisbelow(True)
+    for axes in panels[len(points) :]:
+        axes.remove()
+    figure.supxlabel("optimizer step", fontsize=8)
+    figure.supylabel("change of the loss", fontsize=8)
+    steps = sorted({int(step) for curve in points.values() for step, _ in curve})
+    values = {domain: {int(step): value for step, value in curve} for domain, curve in points.items()}
+    table = [["step", *points]]
+    table += [[f"{s:,}", *(score(v[s], "loss") if s in v else "–" for v in values.values())] for s in steps]
+    measured = any("held_out" in entry for stage in stages_of(results) for entry in stage.get("history", ()))
+    jumps = any(len(set(curve[:, 0])) < len(curve) for curve in points.values())
+    landing = " A jump at the end of a stage: what its method did to the weights then." if jumps else ""
     between_ends = "" if measured else " Nothing was measured within a stage, the lines only join its ends."
+    reference = " Dashed: plain training; where it leaves the panel, an arrow says where it ends." if plain else ""
     return Drawing(
         "held-out-loss",
-        "Held-out loss over all steps",
-        "Lower is better. Thick: while a domain is learned; grey: never learned; vertical lines: the ends of the "
-        f"stages, where the dots are what stands in the result matrix.{between_ends}",
+        "Held-out loss: change from the base model",
+        f"In {results.unit}; below 0 is better. Every panel has a scale of its own. Grey: while the domain is "
+        f"learned; vertical lines and dots: the ends of the stages.{reference}{landing}{between_ends}",
         figure,
-        {"": table},
+        {"held-out loss": table},
     )
+
+
+def _reference(axes: Axes, own: np.ndarray, theirs: np.ndarray) -> None:
+    """Plain training beside a curve, unless it would press that flat; then where it ends."""
+    low, high = (extreme(theirs[:, 1].tolist() + own[:, 1].tolist()) for extreme in (min, max))
+    if high - low <= 4 * np.ptp(own[:, 1]):
+        axes.plot(*theirs.T, color=GREY, linestyle=STYLES[1][1], linewidth=1.2)
+        return
+    low, high = axes.get_ylim()
+    is_above = theirs[-1, 1] > own[-1, 1]
+    room = 0.2 * (high - low)
+    axes.set_ylim(low - room * (not is_above), high + room * is_above)
+    text = f"plain training ends at {change(float(theirs[-1, 1]), 'loss')} {'↑' if is_above else '↓'}"
+    place = (0.02, 0.97 if is_above else 0.03)
+    axes.text(*place, text, transform=axes.transAxes, va="top" if is_above else "bottom", fontsize=7.5, color="0.35")
 
 
 def task_curves(results: Results) -> Drawing:
@@ -94,7 +153,7 @@ def _curve_axes(results: Results, ends: np.ndarray, label: str, panels: int = 1)
     all_axes[-1].set_xlabel(label)
     all_axes[-1].set_xlim(-0.01 * ends[-1], 1.01 * ends[-1])  # dots at the ends are whole
     all_axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
-    for start, end, stage in zip(ends[:-1], ends[1:], results.stages[1:], strict=True):
+    for start, end, stage in zip(ends[:-1], ends[1:], stages_of(results), strict=True):
         letters = int(70 * (end - start) / ends[-1])  # as many as fit
         if letters > 1:
             place = ((start + end) / 2, 1.02)
@@ -143,7 +202,7 @@ def loss_parts(results: Results) -> list[Drawing]:
     ends = ends_of(results)
     entries = [
         (start + entry["step"], stage["name"], entry)
-        for start, stage in zip(ends[:-1], results.stages[1:], strict=True)
+        for start, stage in zip(ends[:-1], stages_of(results), strict=True)
         for entry in stage.get("history", ())
         if "loss" in entry
     ]
@@ -166,10 +225,38 @@ def loss_parts(results: Results) -> list[Drawing]:
     return [Drawing("loss-parts", "Training loss and its parts", caption, figure, {"": table})]
 
 
+def pace(results: Results) -> list[Drawing]:
+    """The learning rate and the norm of the gradient, where they were logged."""
+    ends, names = ends_of(results), {"learning_rate": "learning rate", "grad_norm": "gradient norm, before clipping"}
+    entries = [
+        (start + entry["step"], entry)
+        for start, stage in zip(ends[:-1], stages_of(results), strict=True)
+        for entry in stage.get("history", ())
+    ]
+    shown = [key for key in names if any(key in entry for _, entry in entries)]
+    if not shown:
+        return []
+    figure, panels = _curve_axes(results, ends, "optimizer step", panels=len(shown))
+    for axes, (number, key) in zip(panels, enumerate(shown), strict=True):
+        points = np.array([(step, entry[key]) for step, entry in entries if key in entry])
+        axes.plot(*points.T, color=STYLES[number + 3][0], linewidth=1.3, marker=".", markersize=4)
+        axes.set_title(names[key], loc="left", fontsize=9, pad=14 if number == 0 else 6)
+        axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:.3g}"))
+    table = [["step", *(names[key] for key in shown)]]
+    table += [
+        [f"{step:,}", *(f"{entry[key]:.3g}" if key in entry else "–" for key in shown)]
+        for step, entry in entries
+        if set(shown) & set(entry)
+    ]
+    caption = "At the steps that were logged. A norm that leaps is a step that went wrong."
+    return [Drawing("pace", "Learning rate and gradient norm", caption, figure, {"": table})]
+
+
 def budget(results: Results) -> list[Drawing]:
     """λ and the divergence of every past that has a bound, over training; none where there is no bound."""
     ends, lines, table = ends_of(results), {}, [["step", "stage", "past", "λ", "divergence", "bound"]]
-    for start, stage in zip(ends[:-1], results.stages[1:], strict=True):
+    for start, stage in zip(ends[:-1], stages_of(results), strict=True):
         for past, bound in stage.get("drift_budget", {}).items():
             for entry in stage.get("history", ()):
                 if f"budget_{past}_weight" in entry:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 from contextlib import AbstractContextManager
@@ -12,10 +13,9 @@ from matplotlib import style
 from matplotlib.figure import Figure
 
 from das_lm.files import write_text
+from das_lm.report.table import Rows
 from das_lm.terminal import printable
 
-#: Rows of cells, the first the header.
-Rows = list[list[str]]
 WIDTH = 8.0  # inches
 #: Okabe and Ito's colours, told apart with any colour vision; each with a dash pattern of its own.
 STYLES = (
@@ -41,10 +41,6 @@ STYLE = {
 }
 
 
-class Strong(str):
-    """A cell that stands out."""
-
-
 @dataclass
 class Drawing:
     """
@@ -56,7 +52,8 @@ class Drawing:
         caption: how it is to be read.
         figure: the figure.
         tables: title -> rows.
-        svg: the figure as it goes into a page, see [`inline_svg`]; after [`save`].
+        svg: the figure as it goes into a page, see [`inline_svg`]; after [`draw`].
+        width: of the figure, in rem.
     """
 
     name: str
@@ -65,22 +62,29 @@ class Drawing:
     figure: Figure
     tables: dict[str, Rows] = field(default_factory=dict)
     svg: str = ""
+    width: float = 0
+
+    def draw(self, name: str) -> str:
+        """Make `svg`, all that then remains of the figure; return it as a file of that name."""
+        file = io.StringIO()
+        with drawing_style():
+            self.figure.savefig(file, format="svg", metadata={"Date": None})
+        text = printable(file.getvalue())  # comments repeat what is drawn
+        self.svg, self.width = inline_svg(text, name), round(6 * self.figure.get_figwidth(), 1)  # 16 px are a rem
+        self.figure.clear()
+        return text
 
     def save(self, directory: Path, name: str) -> None:
-        """Write `NAME.png` and `NAME.svg`, each whole or not at all; all that then remains of the figure is `svg`."""
+        """Write `NAME.png` and `NAME.svg`, each whole or not at all, and make `svg`."""
         temporary = directory / f".{name}.{os.getpid()}"
         try:
             with drawing_style():
                 self.figure.savefig(temporary, format="png", dpi=150)
                 os.replace(temporary, directory / f"{name}.png")
-                self.figure.set_layout_engine("none")  # it has been laid out
-                self.figure.savefig(temporary, format="svg", metadata={"Date": None})
-            text = printable(temporary.read_text(encoding="utf-8"))  # comments repeat what is drawn
         finally:
             temporary.unlink(missing_ok=True)
-        write_text(directory / f"{name}.svg", text)
-        self.svg = inline_svg(text, name)
-        self.figure.clear()
+        self.figure.set_layout_engine("none")  # it has been laid out
+        write_text(directory / f"{name}.svg", self.draw(name))
 
 
 def drawing_style() -> AbstractContextManager[None]:
@@ -103,4 +107,6 @@ def inline_svg(text: str, prefix: str) -> str:
     def mixture(match: re.Match[str]) -> str:
         return f"color-mix(in srgb, var(--ink) {100 - int(match[1], 16) / 2.55:.0f}%, var(--paper))"
 
+    for colour, name in ((BETTER, "better"), (WORSE, "worse")):  # lighter where the page is dark
+        text = text.replace(f": {colour.lower()}", f": var(--{name}, {colour.lower()})")
     return re.sub(r"(?<=: )#([0-9a-f]{2})\1\1\b", mixture, text)

@@ -13,38 +13,23 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from das_lm.measure.intervals import Estimate
 from das_lm.measure.results import LOWER_IS_BETTER, MEASURES, PROBES, Results
-from das_lm.report.curves import budget, held_out_curves, legend, loss_parts, task_curves
-from das_lm.report.drawing import BETTER, INK, STYLES, WIDTH, WORSE, Drawing, Rows, Strong
+from das_lm.report.curves import legend
+from das_lm.report.drawing import BETTER, INK, STYLES, WIDTH, WORSE, Drawing
+from das_lm.report.table import Rows, Strong
 from das_lm.report.words import between, change, score, short
 
 TINT = 0.55  # of the strongest cell: the number in it stays legible in black on white and in white on black
 KINDS = {"head": "attention heads", "intermediate": "intermediate neurons", "output": "output neurons"}
 
 
-def draw(results: Results) -> list[Drawing]:
-    """All figures of a run for which it holds the numbers; they are made in [`drawing_style`]."""
-    drawings = [result_matrix(results, measure) for measure in results.measures]
-    trained = results.stages[1:]
-    if all("step" in stage for stage in trained) and trained:
-        drawings.append(held_out_curves(results))
-        if any("history" in stage for stage in trained):
-            drawings += [*loss_parts(results), *budget(results)]
-    if any("curve" in stage for stage in trained):
-        drawings.append(task_curves(results))
-    if any("predictions" in stage for stage in trained):
-        drawings.append(predictions(results))
-    if any("importance" in stage for stage in trained):
-        drawings += [*importance_maps(results), *overlap(results)]
-    if any("mean_importance" in stage for stage in trained):
-        drawings.append(saturation(results))
-    return drawings
-
-
 def result_matrix(results: Results, measure: str) -> Drawing:
-    """A heat map: stages below each other, what is measured beside each other, colour against the base model."""
+    """
+    A heat map: stages below each other, what is measured beside each other. The colour is the change from the base
+    model, every column on its own scale: what a model knew moves less than what it learns, and matters as much.
+    """
     columns, matrix = results.columns(measure), results.matrix(measure)
     better = (matrix[0] - matrix) if measure in LOWER_IS_BETTER else matrix - matrix[0]  # [1 + stages, columns]
-    span = np.abs(better).max()
+    spans = np.abs(better).max(axis=0)  # [columns]
     names = [short(name) for name in columns]
     stages = [f"after {short(stage['name'])}" if number else "base" for number, stage in enumerate(results.stages)]
     letter = 0.075  # inches, about
@@ -52,13 +37,14 @@ def result_matrix(results: Results, measure: str) -> Drawing:
     slanted = beside + (longest + 0.2) * len(names) > WIDTH
     column_width = 0.95 if slanted else max(0.95, longest + 0.2)
     width = beside + column_width * len(names) + 0.8 * letter * len(names[-1]) * slanted
-    height = 0.6 + 0.34 * len(stages) + 0.5 * longest * slanted
+    height = 0.6 + 0.44 * len(stages) + 0.5 * longest * slanted
     figure = Figure(figsize=(min(WIDTH, width), height), layout="constrained")
     axes = figure.subplots()
     for row, column in np.ndindex(matrix.shape):
-        strength = better[row, column] / span if span else 0.0
+        strength = better[row, column] / spans[column] if spans[column] else 0.0
         is_own = list(columns.values())[column] == row
-        _tile(axes, row, column, strength, score(matrix[row, column], measure), is_own)
+        moved = change(matrix[row, column] - matrix[0, column], measure) if row else ""
+        _tile(axes, row, column, strength, score(matrix[row, column], measure), is_own, below=moved)
     _tile_axes(axes, names, stages, slanted)
     name, unit = MEASURES[measure][0], f", {results.unit}" if measure == "loss" else ""
     table = [["after", *(name if stage else f"{name} (never learned)" for name, stage in columns.items())]]
@@ -70,9 +56,10 @@ def result_matrix(results: Results, measure: str) -> Drawing:
     return Drawing(
         f"matrix-{measure.replace('_', '-')}",
         f"Result matrix: {name}{unit}",
-        f"{'Lower' if measure == 'loss' else 'Higher'} is better. Blue: better than the base model; orange: worse; "
-        f"the strongest colour is a difference of {change(span, measure).lstrip('+')}. Framed: the stage that learned "
-        "it." + (" In brackets: 95 % interval." if has_intervals else ""),
+        f"{'Lower' if measure in LOWER_IS_BETTER else 'Higher'} is better; small: the change from the base model. "
+        "Blue: better than it; orange: worse; every column has a scale of its own, the strongest colour is its "
+        "largest change. Framed: the stage that learned it."
+        + (" In brackets, in the table: 95 % interval." if has_intervals else ""),
         figure,
         {"": table},
     )
@@ -91,16 +78,25 @@ def _with_interval(stage: Mapping[str, Any], column: str, value: float, measure:
 
 
 def _tile(
-    axes: Axes, row: int, column: int, strength: float, text: str, framed: bool = False, size: float = 9
+    axes: Axes,
+    row: int,
+    column: int,
+    strength: float,
+    text: str,
+    framed: bool = False,
+    size: float = 9,
+    below: str = "",
 ) -> None:
     """A cell of a heat map: a strength of −1 … 1."""
     colour = BETTER if strength > 0 else WORSE
     axes.add_patch(Rectangle((column + 0.02, row + 0.03), 0.96, 0.94, color=colour, alpha=TINT * abs(strength), lw=0))
     if framed:
         axes.add_patch(Rectangle((column + 0.03, row + 0.05), 0.94, 0.9, fill=False, edgecolor=INK, lw=1.2))
+    if below:
+        axes.text(column + 0.5, row + 0.74, below, ha="center", va="center_baseline", fontsize=6.5, color="0.25")
     axes.text(
         column + 0.5,
-        row + 0.5,
+        row + (0.38 if below else 0.5),
         text,
         ha="center",
         va="center_baseline",
@@ -183,7 +179,7 @@ def overlap(results: Results) -> list[Drawing]:
     labels = [f"{short(name, 18)}  {number}" for number, name in enumerate(names, 1)]
     beside = 0.3 + 0.075 * max(map(len, labels))
     side = min(0.55, (WIDTH - beside) / len(matrices) / len(names) - 0.02)  # of a tile, in inches
-    size = (beside + (side * len(names) + 0.15) * len(matrices), 0.6 + 0.75 * side * len(names))
+    size = (0.3 + beside + (side * len(names) + 0.15) * len(matrices), 1.0 + 0.75 * side * len(names))
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(1, len(matrices), squeeze=False)[0]
     tables = {}
@@ -198,15 +194,20 @@ def overlap(results: Results) -> list[Drawing]:
             labels if axes is panels[0] else [""] * len(names),
             False,
         )
-        axes.set_xlabel(KINDS.get(kind, short(kind)))
+        axes.set_xlabel("… and to domain", fontsize=8)
+        axes.xaxis.set_label_position("top")
+        axes.set_title(KINDS.get(kind, short(kind)), fontsize=9, y=-0.02, va="top", pad=0)
+        if axes is panels[0]:
+            axes.set_ylabel("matters to domain …", fontsize=8)
         rows = [[name, *(f"{value:+.3f}".replace("-", "−") for value in matrix[at])] for at, name in enumerate(names)]
         tables[KINDS.get(kind, kind)] = [["", *names], *rows]
     return [
         Drawing(
             "overlap",
             "Overlap of importance between domains",
-            "Spearman's ρ over all units of a kind: 1, the same units matter to both; 0, nothing in common; below 0, "
-            "what matters to the one does not to the other.",
+            "Whether the units that matter to one domain (rows) matter to another (columns, by their numbers), a "
+            "square per kind of unit: Spearman's ρ over all of them. 1, the same units matter to both; 0, nothing in "
+            "common; below 0, what matters to the one does not to the other.",
             figure,
             tables,
         )

@@ -25,6 +25,20 @@ def between(ends: Sequence[float], write: Any, measure: str) -> str:
     return f"[{low},\N{NO-BREAK SPACE}{high}]"
 
 
+def duration(seconds: float) -> str:
+    """As long as people say it is."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    minutes, hours = seconds // 60, seconds // 3600
+    return f"{minutes} min {seconds % 60} s" if hours == 0 else f"{hours:,} h {minutes % 60} min"
+
+
+def gibibytes(count: float) -> str:
+    """Of memory."""
+    return f"{count / 2**30:.2f} GiB"
+
+
 def short(name: str, length: int = 22) -> str:
     """A name as it fits into a figure."""
     name = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in name)

@@ -31,7 +31,7 @@ from das_lm.files import (
     write_text,
 )
 from das_lm.measure.cache import DIRECTORY as CACHE_NAME
-from das_lm.measure.results import FIGURES_NAME, PAGE_NAME, Results
+from das_lm.measure.results import FIGURES_NAME, PAGE_NAME, VALUES_NAME, Results
 from das_lm.measure.results import FILE_NAME as RESULTS_NAME
 from das_lm.plain_words import key_path
 from das_lm.training.config import ContinualConfig
@@ -243,7 +243,7 @@ def _entries(directory: Path) -> list[Path]:
     """All that a run has written in a directory; its marker comes last."""
     stages = _stages_in(directory) or []
     names = [*stages, *(f"{stage}.training" for stage in stages), CACHE_NAME, CURVES_NAME, FIGURES_NAME, PAGE_NAME]
-    names += [RESULTS_NAME, RECIPE_NAME, MARKER_NAME]
+    names += [VALUES_NAME, RESULTS_NAME, RECIPE_NAME, MARKER_NAME]
     return [directory / name for name in names if os.path.lexists(directory / name)]
 
 

@@ -64,7 +64,7 @@ class Inspection:
 
     def print(self, console: Console) -> None:
         """The entry if it was proposed; units and slices of every kind of layer; what no unit owns; the contract."""
-        from das_lm.report.table import console_table
+        from das_lm.report.table import Table
 
         units, entry = self.units, self.units.architecture
         model = units.model
@@ -84,7 +84,7 @@ class Inspection:
             paths = {id(module): path for path, module in units.layers[layers[0]].named_modules()}
             rows = [["units", "number", "a gate multiplies"]]
             rows += [[KINDS[g.kind], f"{g.size:,}", f"the {g.side} of {paths[id(g.module)]}"] for g in groups]
-            console.print(console_table(_title(layers), rows, ["a gate multiplies"]))
+            console.print(Table(_title(layers), rows, ["a gate multiplies"]).console())
             rows = [["parameter", "shape", "axis", "owners, for example"]]
             names = {id(one): name for name, one in units.layers[layers[0]].named_parameters()}
             parameters = dict(model.named_parameters())
@@ -94,7 +94,7 @@ class Inspection:
                     shape = " × ".join(map(str, parameter.shape))
                     owners = _describe(piece, units.groups[piece.group])
                     rows.append([names[id(parameter)], shape, str(piece.axis), owners])
-            console.print(console_table("", rows, ["shape", "owners, for example"]))
+            console.print(Table("", rows, ["shape", "owners, for example"]).console())
         self._print_rest(console)
         self._print_contract(console)
 

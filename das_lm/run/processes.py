@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import atexit
 import gc
+import resource
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -29,6 +31,13 @@ def begin() -> tuple[PartialState, Console]:
         atexit.register(leave_group)
     transformers.utils.logging.disable_progress_bar()  # of loading and saving weights
     return state, Console(quiet=not state.is_main_process, highlight=False)
+
+
+def peak_memory() -> int:
+    """The most bytes that this process has held at once so far: on its accelerator, or without one of its own."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def leave_group() -> None:

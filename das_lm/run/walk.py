@@ -34,6 +34,7 @@ from das_lm.methods import METHODS, unread_options, without_effect
 from das_lm.model import adapters
 from das_lm.model.loading import check_model, is_causal, load_model, load_tokenizer, model_path
 from das_lm.report.card import HubRepository, write_card
+from das_lm.run import live, samples
 from das_lm.run.directory import (
     ASIDE_NAME,
     BASE_NAME,
@@ -50,7 +51,7 @@ from das_lm.run.directory import (
     with_head,
 )
 from das_lm.run.facts import check_precision, check_text, run_facts, stage_facts
-from das_lm.run.processes import begin, claimed, on_main
+from das_lm.run.processes import begin, claimed, on_main, peak_memory
 from das_lm.run.reading import Reader, load_text, with_new_words
 from das_lm.run.trainers import measuring_trainer, train_head
 from das_lm.signals import ProcessLost, Signals, check_signals, is_about_processes, is_about_workers
@@ -91,10 +92,11 @@ def continual_pretrain(
     """
     with Signals():
         walk = Walk(recipe, resume, overwrite, halves)
-        with _faults_in_words(walk), claimed(walk.output):
+        walk.draws = report and walk.state.is_main_process  # the page, on the way
+        with _faults_in_words(walk), claimed(walk.output), live.settled(walk):
             results = walk.run()
-            if report and walk.state.is_main_process:
-                walk.say(f"Report: {_report(walk.output)}")
+            if walk.draws:
+                walk.say(f"Report: {live.finish(walk.output)}")
         return results
 
 
@@ -122,7 +124,7 @@ class Walk:
         self.output = Path(recipe.output_dir)
         self.stages = stages_of(recipe, self.output)
         self.restored = False  # whether a failure has put back the run that was to be overwritten
-        self.seconds: dict[str, float] = {}  # that this process took to learn a stage
+        self.cost: dict[str, dict[str, float]] = {}  # of a stage that this process learned: seconds and memory
         self.earlier: Results | None = None  # of the run to go on with
         self.hub: HubRepository | None = None
 
@@ -247,9 +249,10 @@ class Walk:
         trainer = self._open_stage(stage)
         self.console.rule(f"[bold]{stage.name}[/bold] ({index} of {len(self.stages)})", align="left")
         started = time.perf_counter()
+        live.watch(self, trainer, stage.name)
         trainer.train(resume_from_checkpoint=self._checkpoint_of(index, stage, trainer))
         _save(trainer, stage.directory, self.recipe, None if index == 1 else Path(self.source))
-        self.seconds[stage.name] = round(time.perf_counter() - started, 1)
+        self.cost[stage.name] = {"seconds": round(time.perf_counter() - started, 1), "peak_memory": peak_memory()}
         return trainer
 
     def _open_stage(self, stage: Stage) -> ContinualTrainer:
@@ -348,7 +351,7 @@ class Walk:
             with TemporaryDirectory() as scratch:
                 model = load_model(str(stage.directory), self.recipe)
                 trainer = measuring_trainer(model, self.recipe, tokenizer, scratch)
-        how = {"checkpoint": stage.directory.name, "seconds": self.seconds.get(stage.name)}
+        how = {"checkpoint": stage.directory.name, **self.cost.get(stage.name, {"seconds": None})}
         return self.measure(trainer, stage.name, {**how, **stage_facts(stage, trainer)})
 
     def measure(self, trainer: ContinualTrainer, name: str, facts: dict[str, Any]) -> Measured:
@@ -379,7 +382,8 @@ class Walk:
             self.console.print(f"α {facts['interpolation_alpha']}, chosen on {chosen_on}")
         weights = model_fingerprint(trainer.model)
         keys = {domain: fingerprint("held out", weights, one.fingerprint) for domain, one in windows.items()}
-        return Measured({"name": name, "scores": scores, "measured": keys, **facts}, measured)
+        row = {"name": name, "scores": scores, "measured": keys, "samples": samples.of(trainer, windows), **facts}
+        return Measured(row, measured)
 
     def record(self, index: int, measured: Measured) -> None:
         """Put a row and its intervals into the results, and write them; of a stage its card before, and push it."""
@@ -390,6 +394,8 @@ class Walk:
             if index:  # whatever is interrupted here is measured and pushed again
                 self._publish(index, measured.row)
             results.save(self.output)
+            if self.draws and index < len(self.stages):
+                live.draw(self.output, results)
 
     def _add_intervals(self, measured: Measured) -> None:
         cache, row, stages = Cache(self.output / CACHE_NAME), measured.row, self.results.stages
@@ -475,12 +481,6 @@ def _curves_in(directory: Path) -> Iterator[None]:
         yield
     finally:
         del os.environ["TENSORBOARD_LOGGING_DIR"]
-
-
-def _report(output: Path) -> Path:
-    from das_lm.report.page import write_report
-
-    return write_report([output])
 
 
 def _save(trainer: ContinualTrainer, directory: Path, recipe: Recipe, before: Path | None) -> None:

@@ -281,7 +281,7 @@ def walk(output, recipe, model):
     options += ["--per_device_train_batch_size", str(4 // int(os.environ.get("WORLD_SIZE", "1")))]
     with pytest.MonkeyPatch.context() as patch:
         if "WORLD_SIZE" in os.environ:
-            patch.setattr("das_lm.run.walk._report", lambda output: output / "report.html")
+            patch.setattr("das_lm.run.live.finish", lambda output: output / "report.html")
             patch.setenv("ACCELERATE_USE_FSDP", "true")
             patch.setenv("FSDP_VERSION", "2")
             patch.setenv("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")

@@ -107,7 +107,7 @@ def test_a_finished_run_holds_no_pickle(finished):
     for stage in ("1-bio", "2-cs"):
         names = {path.suffix for path in files if path.parent == output / stage}
         assert names == {".safetensors", ".json", ".md"}
-    plain = {".safetensors", ".json", ".yaml", ".md", ".html", ".png", ".svg"}
+    plain = {".safetensors", ".json", ".yaml", ".md", ".csv", ".html", ".png", ".svg"}
     for path in files:
         assert path.suffix in plain or (path.name.startswith("events.out.tfevents") and "tensorboard" in path.parts)
         assert path.read_bytes()[:2] not in (b"PK", *(bytes([0x80, protocol]) for protocol in range(6)))

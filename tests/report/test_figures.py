@@ -9,12 +9,19 @@ from matplotlib.colors import to_rgba
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 
-from das_lm.report.drawing import BETTER, WORSE, Strong, drawing_style, inline_svg
-from das_lm.report.figures import TINT, draw, frontier, importance_maps, result_matrix
+from das_lm.report.curves import change_curves
+from das_lm.report.drawing import BETTER, WORSE, drawing_style, inline_svg
+from das_lm.report.figures import TINT, frontier, importance_maps, result_matrix
+from das_lm.report.run_page import run_page
+from das_lm.report.table import Strong
 from das_lm.report.words import short
 from tests.report.full_runs import language_run, small_run
 
 DOMAINS = ["bio", "cs", "law"]
+
+
+def draw(results):
+    return run_page(results, None).drawings
 
 
 @pytest.fixture(scope="module")
@@ -30,12 +37,12 @@ def drawings(results):
 
 def test_what_there_is_to_draw(drawings):
     assert list(drawings) == [
-        *("matrix-loss", "matrix-accuracy", "matrix-cloze", "matrix-end-task"),
-        *("held-out-loss", "loss-parts", "importance-1", "importance-2", "importance-3", "overlap", "saturation"),
+        *("held-out-loss", "matrix-loss", "matrix-accuracy", "matrix-cloze", "matrix-end-task", "loss-parts", "pace"),
+        *("saturation", "overlap", "importance-1", "importance-2", "importance-3"),
     ]
     with drawing_style():
-        assert [d.name for d in draw(small_run())] == ["matrix-loss", "matrix-accuracy", "task-curves"]
-        assert [d.name for d in draw(small_run("r2"))] == ["matrix-loss", "matrix-r2", "task-curves", "predictions"]
+        assert [d.name for d in draw(small_run())] == ["task-curves", "matrix-loss", "matrix-accuracy"]
+        assert [d.name for d in draw(small_run("r2"))] == ["task-curves", "predictions", "matrix-loss", "matrix-r2"]
 
 
 def test_colour_says_better_or_worse_than_the_base_model(results, drawings):
@@ -47,8 +54,12 @@ def test_colour_says_better_or_worse_than_the_base_model(results, drawings):
     for tile in tiles:
         row, column = int(tile.get_y()), int(tile.get_x())
         colour = BETTER if better[row, column] > 0 else WORSE
-        expected = to_rgba(colour, TINT * abs(better[row, column]) / np.abs(better).max())
+        expected = to_rgba(colour, TINT * abs(better[row, column]) / np.abs(better[:, column]).max())
         assert tile.get_facecolor() == pytest.approx(expected)
+    worst = [tile.get_alpha() for tile in tiles if (int(tile.get_y()), int(tile.get_x())) == (3, 0)]
+    assert worst == [TINT]  # the drift, far smaller than a gain, is as strong
+    texts = [text.get_text() for text in axes.texts]
+    assert "+0.450" in texts and texts.count("−3.000") == 1
     frames = [patch for patch in axes.patches if patch.get_linewidth() > 0]
     assert [(int(f.get_y()), int(f.get_x())) for f in frames] == [(1, 1), (2, 2), (3, 3)]
     assert all(isinstance(patch, Rectangle) for patch in axes.patches)
@@ -83,19 +94,59 @@ def test_a_matrix_without_change():
 
 
 def test_curves_go_through_every_evaluation(results, drawings):
-    axes = drawings["held-out-loss"].figure.axes[0]
-    lines = {line.get_label(): line.get_xydata() for line in axes.lines}
-    for domain in results.domains:
-        expected = [(0, results.stages[0]["scores"][domain]["loss"])]
+    """A panel per domain, from 0, the change from the base model."""
+    panels = drawings["held-out-loss"].figure.axes
+    for axes, domain in zip(panels, results.domains, strict=True):
+        base = results.stages[0]["scores"][domain]["loss"]
+        expected = [(0, 0.0)]
         for start, stage in zip((0, 100, 200), results.stages[1:], strict=True):
-            expected += [(start + entry["step"], entry["held_out"][domain]) for entry in stage["history"]]
-            expected.append((start + 100, stage["scores"][domain]["loss"]))
-        np.testing.assert_allclose(lines[domain], expected)
-    boundaries = [line.get_xdata()[0] for line in axes.lines if len(set(line.get_xdata())) == 1]
-    assert boundaries[:2] == [100, 200]
-    rows = drawings["held-out-loss"].tables[""]
+            expected += [(start + entry["step"], entry["held_out"][domain] - base) for entry in stage["history"]]
+            expected.append((start + 100, stage["scores"][domain]["loss"] - base))
+        curve = max((line.get_xydata() for line in axes.lines), key=len)
+        np.testing.assert_allclose(curve, expected, atol=1e-12)
+        boundaries = [line.get_xdata()[0] for line in axes.lines if len(set(line.get_xdata())) == 1]
+        assert boundaries[:2] == [100, 200]
+    assert [axes.get_title("left") for axes in panels] == ["general (never learned)", *DOMAINS]
+    assert panels[0].get_title("right") == "+0.450"
+    rows = drawings["held-out-loss"].tables["held-out loss"]
     assert len(rows) == 1 + 1 + 30
     assert rows[-1] == ["300", *(f"{loss:.3f}" for loss in results.matrix("loss")[-1])]
+
+
+def test_every_domain_has_a_scale_of_its_own(drawings):
+    """A drift of 0.45 fills its panel as a gain of 3 does."""
+    for axes in drawings["held-out-loss"].figure.axes:
+        curve = max((line.get_ydata() for line in axes.lines), key=len)
+        low, high = axes.get_ylim()
+        assert np.ptp(curve) > 0.6 * (high - low)
+
+
+def test_plain_training_beside_the_curves(results):
+    """As a dashed line where that leaves the curve its shape, else in words."""
+    plain = language_run(DOMAINS, method="naive")
+    for stage, drift in zip(plain.stages[1:], (1.0, 2.0, 9.0), strict=True):
+        stage["scores"]["general"]["loss"] = 1.5 + drift
+    with drawing_style():
+        general, *learned = change_curves(results, plain).figure.axes
+        assert "Dashed" in change_curves(results, plain).caption
+    assert [text.get_text() for text in general.texts] == ["plain training ends at +9.000 ↑"]
+    assert general.get_ylim()[1] < 1
+    for axes in learned:
+        dashed = [line for line in axes.lines if line.get_linestyle() == "--"]
+        assert len(dashed) == 1 and not axes.texts
+
+
+def test_pace(results, drawings):
+    rate, norm = drawings["pace"].figure.axes
+    assert [axes.get_title("left") for axes in (rate, norm)] == ["learning rate", "gradient norm, before clipping"]
+    assert max((line.get_ydata() for line in rate.lines), key=len).tolist() == [1e-3] * 30
+    assert drawings["pace"].tables[""][1] == ["10", "0.001", "1"]
+
+
+def test_the_axes_of_the_overlap_are_named(drawings):
+    first, *others = drawings["overlap"].figure.axes
+    assert first.get_ylabel() == "matters to domain …" and first.get_xlabel() == "… and to domain"
+    assert all(axes.get_xlabel() == "… and to domain" for axes in others)
 
 
 def test_curves_without_evaluations_join_the_stages():
@@ -105,8 +156,8 @@ def test_curves_without_evaluations_join_the_stages():
             del entry["held_out"]
     with drawing_style():
         drawing = next(one for one in draw(run) if one.name == "held-out-loss")
-    line = next(line for line in drawing.figure.axes[0].lines if line.get_label() == "bio")
-    np.testing.assert_allclose(line.get_xydata(), np.c_[[0, 100, 200], run.matrix("loss")[:, 1]])
+    curve = max((line.get_xydata() for line in drawing.figure.axes[1].lines), key=len)
+    np.testing.assert_allclose(curve, np.c_[[0, 100, 200], run.matrix("loss")[:, 1] - 6], atol=1e-12)
     assert "Nothing was measured within a stage" in drawing.caption
 
 
@@ -218,7 +269,7 @@ def test_svg_for_a_page():
     assert page.count("#p-a") == 3 and '"#a"' not in page
     mixtures = re.findall(r"var\(--ink\) (\d+)%, var\(--paper\)", page)
     assert mixtures == ["0", "100", "20"]  # white, black, 0.8
-    assert "#0072b2" in page and "#cccccd" in page
+    assert "stroke: var(--better, #0072b2)" in page and "#cccccd" in page
 
 
 def test_files_are_the_same_every_time(tmp_path):

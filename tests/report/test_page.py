@@ -1,5 +1,6 @@
 """The page as a parser and as Chromium see it; what it says; what it refuses."""
 
+import csv
 import json
 import os
 import re
@@ -16,19 +17,20 @@ from das_lm.cli import main
 from das_lm.errors import UserError
 from das_lm.measure.results import FILE_NAME
 from das_lm.report.page import write_report
+from das_lm.report.terms import TERMS, defined
 from tests.report.full_runs import language_run, plain, save, small_run
 
 SCRIPT = "<script>alert(1)</script>"
 FIGURES = [
-    *("matrix-loss", "matrix-accuracy", "matrix-cloze", "matrix-end-task"),
-    *("held-out-loss", "loss-parts", "importance-1", "importance-2", "overlap", "saturation"),
+    *("held-out-loss", "matrix-loss", "matrix-accuracy", "matrix-cloze", "matrix-end-task", "loss-parts", "pace"),
+    *("saturation", "overlap", "importance-1", "importance-2"),
 ]
 
 
 class Page(HTMLParser):
     """Tags with their attributes, and the text of every table cell, paragraph, item and heading."""
 
-    TEXTS = ("p", "li", "h1", "h2", "h3", "h4", "pre", "figcaption", "summary", "title")
+    TEXTS = ("p", "li", "h1", "h2", "h3", "h4", "pre", "figcaption", "summary", "title", "dt", "dd")
 
     def __init__(self, html):
         super().__init__()
@@ -100,7 +102,7 @@ def test_every_figure_has_its_files_and_a_table(run, path, page):
     assert page.tags.count("figure") == page.tags.count("svg") == len(FIGURES)
     html = path.read_text(encoding="utf-8")
     for figure in re.findall(r"<figure>.*?</figure>", html, flags=re.DOTALL):
-        assert "<table>" in figure and re.search(r'role="img" aria-label="[^"]{20,}"', figure)
+        assert "<table>" in figure and re.search(r'role="img" .*aria-label="[^"]{20,}"', figure)
 
 
 def test_nothing_leaves_the_page(page):
@@ -112,7 +114,8 @@ def test_nothing_leaves_the_page(page):
     references = [
         value for key in ("src", "href", "xlink:href", "srcset", "action", "data") for value in page.values(key)
     ]
-    assert references and all(value.startswith(("#", "data:image/png;base64,")) for value in references)
+    assert page.values("href")[-1] == "results.csv"  # beside it, and no more than a link
+    assert all(value == "results.csv" or value.startswith(("#", "data:image/png;base64,")) for value in references)
     ids = page.values("id")
     assert len(ids) == len(set(ids))
     urls = [
@@ -141,7 +144,7 @@ def test_control_characters_are_in_no_file(tmp_path):
     for file in (tmp_path / "run" / "figures").glob("*.svg"):
         assert ElementTree.parse(file).getroot().tag.endswith("svg")
         texts.append(file.read_text(encoding="utf-8"))
-    assert len(texts) == 11 and not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "".join(texts))
+    assert len(texts) == 12 and not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "".join(texts))
 
 
 def test_the_same_run_gives_the_same_page(tmp_path):
@@ -154,30 +157,132 @@ def test_the_same_run_gives_the_same_page(tmp_path):
 # ---- what it says -----------------------------------------------------------------------------------------------
 
 
+def test_the_top(page):
+    """Four large figures with their intervals."""
+    assert page.of("dt")[:4] == [
+        "gain learned of bio and <script>alert(1)</script>",
+        "drift lost of general",
+        "forgetting lost again of bio",
+        "cost 200 steps",
+    ]
+    assert page.of("dd")[:7] == [
+        *("+3.000", "95 % interval [+2.980,\N{NO-BREAK SPACE}+3.020]"),
+        *("+0.300", "95 % interval [+0.280,\N{NO-BREAK SPACE}+0.320]"),
+        *("+0.300", "95 % interval [+0.280,\N{NO-BREAK SPACE}+0.320]", "4 min 40 s"),
+    ]
+    assert [value for value in page.values("class") if value in ("better", "worse", "calm")] == [
+        *("better", "worse", "worse", "calm"),
+    ]
+
+
+def test_what_is_noise_is_not_coloured(tmp_path):
+    run = plain(language_run(["bio", "cs"]))
+    run.intervals = {"loss": {"gain": [2.9, 3.1], "drift": [-0.1, 0.7]}}
+    page = read(write_report([save(run, tmp_path / "run")]))
+    assert [one for one in page.values("class") if one in ("better", "worse", "calm")][:3] == [
+        "better",
+        "calm",
+        "worse",
+    ]
+    assert page.of("dd")[4] == "does not stand out of the noise" and page.of("dd")[6] == "without an interval"
+
+
+def test_what_it_cost(tmp_path):
+    run = plain(language_run(["bio", "cs"]))
+    for stage in run.stages[1:]:
+        stage |= {"tokens_seen": {"bio": 60_000, "old, remembered": 10_000}, "peak_memory": 3 * 2**29}
+    page = read(write_report([save(run, tmp_path / "run")]))
+    cost = page.of("dd")[page.of("dd").index("4 min 40 s") :][:4]
+    assert cost == ["4 min 40 s", "140,000 tokens", "499 tokens a second", "peak memory 1.50 GiB"]
+    table = next(table for table in page.tables if "tokens a second" in table[0])
+    assert table[1] == ["bio", "100", "2 min 20 s", "70,000", "499", "1.50 GiB"]
+
+
+def test_words_are_defined_where_they_stand(page):
+    titles = [value for tag, key, value in page.attributes if (tag, key) == ("abbr", "title")]
+    assert {TERMS[term] for term in ("gain", "drift", "forgetting", "backward transfer", "nats")} <= set(titles)
+    assert list(TERMS) == page.of("dt")[4:]
+    html = str(defined("<b> Gain, a gain of nats & forgetting.json; forgetting rate"))
+    assert html.startswith("&lt;b&gt; <abbr") and html.count("<abbr") == 3 and " a gain of" in html
+    assert f'title="{TERMS["forgetting rate"]}">forgetting rate<' in html
+
+
+def test_at_most_two_tables_are_open(path):
+    html = path.read_text(encoding="utf-8")
+    is_open = re.sub(r"<details>.*?</details>", "", html, flags=re.DOTALL)
+    assert is_open.count("<table>") == 1 and html.count("<table>") > 15
+    assert html.count("<details>") == html.count("</details>") and "<details open" not in html
+
+
+def test_before_and_after(tmp_path):
+    run = plain(language_run(["bio", "cs"]))
+    place = {"before": f"the {SCRIPT}", "after": "of cells", "right": "wall"}
+    run.stages[0]["samples"] = {"bio": [{**place, "guesses": [["cat", 0.5], ["wall", 0.25]]}]}
+    run.stages[-1]["samples"] = {"bio": [{**place, "guesses": [["wall", 0.75], ["", 0.2]]}]}
+    page = write_report([save(run, tmp_path / "run")])
+    assert ["bio", f"the {SCRIPT} ____ of cells", "wall", "cat 50%, wall 25%", "wall 75%, ␣ 20%"] in [
+        row for table in read(page).tables for row in table
+    ]
+    html = page.read_text(encoding="utf-8")
+    assert '<td class="strong text">wall 75%' in html and "<script" not in html
+    run.stages[-1]["samples"]["bio"][0]["right"] = "walls"  # cut in another way: nothing to compare
+    assert "Before and after" not in read(write_report([save(run, tmp_path / "other")])).of("h2")
+
+
+def test_every_table_scrolls_in_its_own_box(path):
+    html = path.read_text(encoding="utf-8")
+    assert html.count('<div class="scroll" tabindex="0"><table>') == html.count("<table>")
+
+
+def test_what_is_below_0_is_told(tmp_path):
+    run = plain(language_run(["bio", "cs"]))
+    run.stages[-1]["scores"]["bio"]["loss"] = 2.5
+    page = read(write_report([save(run, tmp_path / "run")]))
+    assert page.of("dd")[4:7] == ["−0.500", "without an interval", "below 0: it got better"]
+    assert [one for one in page.values("class") if one in ("better", "worse")] == ["better", "worse", "better"]
+    assert any("How plain training does here is not known" in text for text in page.of("p"))
+
+
+def test_importance_comes_last(page):
+    titles = page.of("h2")
+    assert titles[0] == "Over training" and titles[-3:] == ["Importance", "How the numbers came about", "Words"]
+    assert page.of("h3")[-1] == f"Importance after {SCRIPT}"
+
+
+def test_all_values_as_csv(tmp_path):
+    run = language_run(["=bio", "cs"])
+    page = write_report([save(run, tmp_path / "run")])
+    rows = list(csv.DictReader((page.parent / "results.csv").open(encoding="utf-8")))
+    (loss,) = [row for row in rows if (row["after"], row["of"], row["measure"]) == ("cs", "general", "loss")]
+    assert [float(loss[key]) for key in ("value", "low", "high")] == pytest.approx([1.8, 1.7, 1.9])
+    (drift,) = [row for row in rows if (row["of"], row["measure"]) == ("drift", "loss")]
+    assert float(drift["value"]) == pytest.approx(0.3) and float(drift["high"]) == pytest.approx(0.32)
+    assert not any(cell.startswith("=") for row in rows for cell in row.values()) and "'=bio" in {
+        r["of"] for r in rows
+    }
+
+
 def test_words(page):
-    items = page.of("li")
+    items = [item for item in page.of("li") if item not in page.of("h2")]
     assert items[0] == "general, never learned: loss from 1.500 to 1.800, a drift of +0.300 (worse than before)."
     assert items[1] == (
         "bio: its stage took the loss from 6.000 to 3.000, a gain of +3.000; at the end it is 3.300: 0.300 was lost "
         "again (10% of the gain)."
     )
     assert items[2].endswith("a gain of +3.000; it was learned last, so nothing could be lost of it yet.")
-    assert items[3] == (
-        "Gain in loss, on average over what was learned: +3.000, 95 % interval [+2.980,\N{NO-BREAK SPACE}+3.020]: it "
-        "stands out of the noise, for the better."
-    )
-    assert items[4].endswith("[+0.280,\N{NO-BREAK SPACE}+0.320]: it stands out of the noise, for the worse.")
     cloze = next(item for item in items if item.startswith("Gain in cloze accuracy"))
     assert cloze.endswith("it does not stand out of the noise.")
-    first, mask = page.of("p")[1:3]
-    assert "learned bio and <script>alert(1)</script> with the method das." in first
+    lead, note, _, first = page.of("p")[:4]
+    assert lead == "A made-up run. The model learned bio and <script>alert(1)</script> with the method das."
+    assert note == "Warning about bio: 2 documents stand there twice"
     assert "nats per masked token (lower is better) of every domain and of general, never learned" in first
+    (mask,) = [text for text in page.of("p") if "the mean importance" in text]
     assert re.search(r"the mean importance is \d\d% for attention heads, \d\d% for intermediate neurons and", mask)
-    assert page.of("p")[0] == "Warning about bio: 2 documents stand there twice"
 
 
 def test_tables(page):
-    figures, matrix = page.tables[:2]
+    figures = next(table for table in page.tables if "positive is" in table[0])
+    matrix = next(table for table in page.tables if table[0][0] == "after")
     assert figures[0] == ["", "positive is", "loss", "top-1 accuracy", "cloze accuracy", "end-task macro F1"]
     assert [row[1] for row in figures[1:]] == ["", "good", "good", "good", "bad", "bad", "bad"]
     assert figures[2][2] == "+3.000 [+2.980,\N{NO-BREAK SPACE}+3.020]"
@@ -196,15 +301,15 @@ def test_a_file_without_the_optional_keys(tmp_path):
     run = plain(language_run(["bio", "cs"]))
     page = read(write_report([save(run, tmp_path / "run")]))
     assert page.tags.count("figure") == 3
-    assert "Gain in loss, on average over what was learned: +3.000, without an interval." in page.of("li")
-    assert page.tables[1][1][1] == "1.500"
+    assert page.of("dd")[:2] == ["+3.000", "without an interval"]
+    assert ["base", "1.500", "6.000", "8.000"] in [row for table in page.tables for row in table]
 
 
 def test_what_got_better_was_not_lost(tmp_path):
     run = plain(language_run(["bio", "cs"]))
     run.stages[2]["scores"]["bio"]["loss"] = 2.5
     page = read(write_report([save(run, tmp_path / "run")]))
-    assert page.of("li")[1].endswith(
+    assert next(item for item in page.of("li") if item.startswith("bio: ")).endswith(
         "a gain of +3.000; at the end it is 2.500: nothing was lost, it got 0.500 better."
     )
 
@@ -216,18 +321,19 @@ def test_a_run_that_is_not_finished(tmp_path, finished):
     missing = ["bio (stage 1), cs (stage 2), law (stage 3)", "cs (stage 2), law (stage 3)"][finished]
     note = f"This run is not finished: {missing} have not been learned yet. All figures are those so far."
     assert note in page.of("p")
-    assert ("Only the base model has been measured" in page.of("p")[2]) == (finished == 0)
+    assert ("Only the base model has been measured" in page.of("p")[0]) == (finished == 0)
     drifts = [item for item in page.of("li") if "rift" in item]
-    assert ("+0.000" in page.tables[0][-1][2], len(drifts)) == (False, 2 * finished)
+    assert len(drifts) == finished and ("+0.150" in page.of("dd")) == bool(finished)
+    assert "refresh" not in page.values("http-equiv")
 
 
 @pytest.mark.parametrize("measure, loss", [("accuracy", "15.0\N{NO-BREAK SPACE}pp"), ("r2", "0.150")])
 def test_a_small_model(tmp_path, measure, loss):
     page = read(write_report([save(small_run(measure), tmp_path / "run")], title=SCRIPT))
     assert page.of("title", "h1") == [SCRIPT, SCRIPT]
-    assert f"{loss} was lost again" in page.of("li")[0]
+    assert any(f"{loss} was lost again" in item for item in page.of("li"))
     assert "with the method ewc" in page.of("p")[0]
-    assert "(higher is better" in page.of("p")[0]
+    assert "(higher is better" in page.of("p")[1]
 
 
 # ---- several ----------------------------------------------------------------------------------------------------
@@ -244,22 +350,67 @@ def test_several_runs(tmp_path, monkeypatch):
     assert path.resolve() == tmp_path / "report" / "report.html"
     page = read(path)
     assert page.of("h1") == ["das-lm: 3 runs"]
-    assert page.of("h2") == ["The runs side by side", "das/run", "naive0.0005/run", "naive0.0015/run"]
+    assert page.of("h2")[:3] == ["Ranking", "Frontier", "At equal gain"]
     assert page.of("h3")[0] == "Frontier: what was lost against what was gained"
-    assert "comparison" in page.values("id") and "#1-das-run" in page.values("href")
     assert (tmp_path / "report" / "figures" / "comparison-frontier.svg").is_file()
     assert (tmp_path / "report" / "figures" / "2-naive0.0005-run-matrix-loss.png").is_file()
     ids = page.values("id")
     assert len(ids) == len(set(ids))
-    assert any(row[0].startswith("das") for row in page.tables[0])
+    assert page.tags.count("figure") == 1  # the runs' own stand in their reports
+    links = [link for link in page.values("href") if link.startswith("reports/")]
+    assert sorted(set(links)) == ["reports/1-das-run.html", *(f"reports/{n}-naive{r}-run.html" for n, r in RATES)]
+    single = read(tmp_path / "report" / "reports" / "1-das-run.html")
+    assert single.of("h1") == ["das-lm: das/run"] and "../report.html" in single.values("href")
+    assert {"das/run", "naive0.0005/run"} < {
+        row["run"] for row in csv.DictReader((tmp_path / "report" / "results.csv").open(encoding="utf-8"))
+    }
+
+
+RATES = ((2, 0.0005), (3, 0.0015))
+
+
+def test_the_name_of_a_directory_is_no_link(tmp_path):
+    for name in ('javascript:alert(1)"><script>x', "b&b #1?"):
+        save(plain(language_run(["bio"])), tmp_path / name)
+    page = write_report([tmp_path], tmp_path / "out")
+    links = [link for link in read(page).values("href") if not link.startswith(("#", "results.csv"))]
+    assert links and all(re.fullmatch(r"reports/[\w.%-]+\.html", link) for link in links)
+    assert all((page.parent / link).is_file() for link in links)
+    for file in (page, *(page.parent / "reports").iterdir()):
+        assert "<script" not in file.read_text(encoding="utf-8")
+
+
+def test_the_ranking(tmp_path):
+    """A row per configuration, the one that keeps most first, with a link for every seed."""
+    for rate in (5e-4, 1e-3, 1.5e-3):
+        for seed in (0, 1):
+            run = language_run(["bio", "cs"], method="naive", learning_rate=rate, seed=seed)
+            save(plain(run), tmp_path / f"{rate}-{seed}")
+    for seed in (0, 1):
+        run = plain(language_run(["bio", "cs"], learning_rate=1e-3, seed=seed))
+        run.stages[-1]["scores"]["general"]["loss"] -= 0.1
+        save(run, tmp_path / f"das-{seed}")
+    page = read(write_report([tmp_path], tmp_path / "out"))
+    header, *rows = page.tables[0]
+    assert header == ["run", "seeds", "kept", "gain", "drift", "forgetting", "at equal gain"]
+    assert [row[0] for row in rows] == [
+        "1. naive learning_rate=0.0015",
+        "2. das learning_rate=0.001",
+        "3. naive learning_rate=0.001",
+        "4. naive learning_rate=0.0005",
+    ]
+    assert [row[1] for row in rows] == ["0, 1"] * 4
+    assert [float(row[2].split()[0]) for row in rows] == pytest.approx([3.6, 2.5, 2.4, 1.2], abs=1e-3)
+    assert rows[0][-1] == "the reference"
 
 
 def test_runs_that_cannot_be_compared_are_shown(tmp_path):
     for name in ("bio", "law"):
         save(plain(language_run([name])), tmp_path / "runs" / name)
     page = read(write_report([tmp_path / "runs"], tmp_path / "out"))
-    assert page.of("h2") == ["The runs side by side", "bio", "law"]
     assert page.of("p")[0].startswith("The runs are not compared: ")
+    assert page.tables[0] == [["", "report"], ["bio", "open"], ["law", "open"]]
+    assert "reports/2-law.html" in page.values("href") and (tmp_path / "out" / "reports" / "2-law.html").is_file()
 
 
 @pytest.fixture(scope="module")
@@ -292,8 +443,8 @@ def benchmark(tmp_path_factory):
 def test_a_benchmark_is_its_methods_over_seeds(benchmark, tmp_path):
     page = read(write_report([benchmark], tmp_path / "one"))
     assert page.of("h1") == ["das-lm: odd_even"]
-    assert page.of("h3")[:2] == ["Final average of every method", "Every task over all epochs"]
-    assert page.of("li") == ["Beats naive: ewc."]
+    assert page.of("h3")[1:] == ["Final average of every method", "Every task over all epochs"]
+    assert "Beats naive: ewc." in page.of("li")
     assert [row[0] for row in page.tables[0]] == ["method", "naive", "ewc"]
     assert page.tables[0][2][2].startswith("87.0")  # (0.8 + 0.93) / 2 and 0.01 more
     from_above = read(write_report([benchmark.parent], tmp_path / "two"))
@@ -380,7 +531,7 @@ def test_chromium_opens_it_without_a_word(chromium, path, tmp_path):
     assert console == []
     page = Page(dom)
     assert page.tags.count("svg") == len(FIGURES) and "script" not in page.tags
-    assert page.of("h3")[: len(FIGURES)][-1] == "Saturation of the mask"
+    assert page.of("h3")[-1] == f"Importance after {SCRIPT}"
     other = tmp_path / "other.html"
     image = '<img src="http://127.0.0.1:9/x.png"><script>document.title = "changed"</script></body>'
     other.write_text(path.read_text(encoding="utf-8").replace("</body>", image), encoding="utf-8")

@@ -8,7 +8,7 @@ import yaml
 from das_lm.errors import UserError
 from das_lm.files import newest_checkpoint
 from das_lm.measure.results import Results
-from das_lm.report.page import _facts
+from das_lm.report.run_page import _facts
 from das_lm.run.directory import CADENCE, HARMLESS, LENGTH, check_output, open_output
 from das_lm.run.evaluate import evaluate_run
 from das_lm.run.recipe_file import load_recipe

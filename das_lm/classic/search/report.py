@@ -10,14 +10,13 @@ from typing import Any
 
 import numpy as np
 from rich.markup import escape
-from rich.table import Table
 
 from das_lm.classic.search.curve import LEVEL, Curve, verdict
 from das_lm.classic.search.directory import PLOT_NAME, RESULT_NAME, Ledger
 from das_lm.classic.search.settings import Search
 from das_lm.files import write_json
 from das_lm.report.drawing import BETTER, WORSE
-from das_lm.report.table import console_table
+from das_lm.report.table import Table
 from das_lm.terminal import Console
 
 
@@ -98,7 +97,7 @@ def _mean_scores(tests: Sequence[Mapping[str, Mapping[str, float]] | None]) -> d
     return {kind: float(np.mean([task[kind] for task in scores])) for kind in scores[0]} if scores else {}
 
 
-def _tables(result: Mapping[str, Any]) -> list[Table]:
+def _tables(result: Mapping[str, Any]) -> list[Any]:
     def number(value: float | None, style: str = ".4f") -> str:
         return "–" if value is None else format(value, style)
 
@@ -107,7 +106,7 @@ def _tables(result: Mapping[str, Any]) -> list[Table]:
         bracket = "{:.4g} to {:.4g}".format(*trial["bracket"])
         measures = number(trial["measure"]), number(trial["measure_of_0"])
         rows.append([str(index), bracket, str(trial["evaluations"]), f"{trial['best']:.4g}", *measures])
-    trials = console_table("Trials that choose: integrated loss", rows)
+    trials = Table("Trials that choose: integrated loss", rows).console()
     interval = result["chosen_interval"]
     over = f", 95 % interval over trials {interval[0]:.4g} to {interval[1]:.4g}" if interval else ""
     trials.caption = f"the curve over all trials is lowest at λ = {result['chosen']:.4g}{over}"
@@ -121,7 +120,7 @@ def _tables(result: Mapping[str, Any]) -> list[Table]:
         scores = (number(entry["test_mean"].get(kind)) for kind in kinds)
         rows.append([f"{entry['lambda']:.4g}", number(figures["difference"], "+.4f"), number(figures["p"]), *scores])
     title = f"λ = {result['chosen']:.4g} in {result['search']['confirm']} new trials"
-    return [trials, console_table(title, rows)]
+    return [trials, Table(title, rows).console()]
 
 
 def plot(curve: Curve, result: Mapping[str, Any], path: Path) -> None:

@@ -51,6 +51,7 @@ from das_lm.run.directory import (
 )
 from das_lm.run.facts import check_precision, check_text, run_facts, stage_facts
 from das_lm.run.processes import begin, claimed, on_main
+from das_lm.run.progress import Progress, in_short
 from das_lm.run.reading import Reader, load_text, with_new_words
 from das_lm.run.trainers import measuring_trainer, train_head
 from das_lm.signals import ProcessLost, Signals, check_signals, is_about_processes, is_about_workers
@@ -125,6 +126,7 @@ class Walk:
         self.seconds: dict[str, float] = {}  # that this process took to learn a stage
         self.earlier: Results | None = None  # of the run to go on with
         self.hub: HubRepository | None = None
+        self.progress = Progress(self.console, recipe, self.stages)
 
     def run(self) -> Results:
         """Learn, measure and record all that is not recorded yet; return the results."""
@@ -208,6 +210,7 @@ class Walk:
                 general = self.reader.packed(self.tokenizer, [domain.name for domain in recipe.measure])
                 train_head(model, recipe, general, self.tokenizer, scratch)
             trainer = measuring_trainer(model, recipe, self.tokenizer, scratch)
+            self.progress.header(recipe, model.num_parameters(), self.text)
             checkpoint = BASE_NAME if has_new_head else recipe.model_name_or_path
             measured = self.measure(trainer, "base", {"checkpoint": checkpoint})
             if has_new_head:
@@ -246,6 +249,7 @@ class Walk:
         """Learn the domains of a stage, go on where this was interrupted, and save the model."""
         trainer = self._open_stage(stage)
         self.console.rule(f"[bold]{stage.name}[/bold] ({index} of {len(self.stages)})", align="left")
+        self.progress.follow(trainer, stage.name, {} if self.halves else self.results.stages[0]["scores"])
         started = time.perf_counter()
         trainer.train(resume_from_checkpoint=self._checkpoint_of(index, stage, trainer))
         _save(trainer, stage.directory, self.recipe, None if index == 1 else Path(self.source))
@@ -369,14 +373,7 @@ class Walk:
         for domain, score in scores.items():
             if not math.isfinite(score["loss"]):
                 raise UserError(f"the held-out loss of '{domain}' is {score['loss']} for {name}: see its weights")
-        losses = "   ".join(f"{domain} {score['loss']:.3f}" for domain, score in scores.items())
-        self.console.print(f"held-out loss of {name}:   {losses}")
-        if "mean_importance" in facts:
-            means = "   ".join(f"{kind} {mean:.3f}" for kind, mean in facts["mean_importance"].items())
-            self.console.print(f"mean importance, which the next domain's mask holds back:   {means}")
-        if "interpolation_chosen_on" in facts:
-            chosen_on = ", ".join(facts["interpolation_chosen_on"])
-            self.console.print(f"α {facts['interpolation_alpha']}, chosen on {chosen_on}")
+        self.progress.measured(name, scores, self.results.stages, facts)
         weights = model_fingerprint(trainer.model)
         keys = {domain: fingerprint("held out", weights, one.fingerprint) for domain, one in windows.items()}
         return Measured({"name": name, "scores": scores, "measured": keys, **facts}, measured)
@@ -412,6 +409,7 @@ class Walk:
             if self.state.is_main_process:
                 shutil.rmtree(stage.workshop, ignore_errors=True)
         self.console.print(*self.results.tables(), sep="\n")
+        self.say(in_short(self.results))
         self.say(f"Results: {self.output / RESULTS_NAME}    Model: {self.source}")
         return self.results
 

@@ -29,11 +29,11 @@ from das_lm.measure.cache import DIRECTORY as CACHE_NAME
 from das_lm.measure.cache import Cache, fingerprint, model_fingerprint
 from das_lm.measure.leakage import find_leakage
 from das_lm.measure.results import FILE_NAME as RESULTS_NAME
-from das_lm.measure.results import Results
 from das_lm.methods import METHODS, unread_options, without_effect
 from das_lm.model import adapters
 from das_lm.model.loading import check_model, is_causal, load_model, load_tokenizer, model_path
 from das_lm.report.card import HubRepository, write_card
+from das_lm.report.shown import Results
 from das_lm.run.directory import (
     ASIDE_NAME,
     BASE_NAME,

@@ -16,6 +16,7 @@ _PUBLIC = {
     "Domain": "das_lm.data.domains",
     "Importance": "das_lm.units.importance",
     "Recipe": "das_lm.run.recipe",
+    "Results": "das_lm.report.shown",
     "UserError": "das_lm.errors",
     "continual_pretrain": "das_lm.run.walk",
     "load_recipe": "das_lm.run.recipe_file",
@@ -25,6 +26,7 @@ __all__ = ["__version__", *_PUBLIC]
 if TYPE_CHECKING:
     from das_lm.data.domains import Domain
     from das_lm.errors import UserError
+    from das_lm.report.shown import Results
     from das_lm.run.recipe import Recipe
     from das_lm.run.recipe_file import load_recipe
     from das_lm.run.walk import continual_pretrain

@@ -150,7 +150,7 @@ def held_out_losses(
     columns: list[torch.Tensor] = []  # each [rows, 5]: document, losses, predictions, correct ones (or value), bytes
     hidden = progress is None or not accelerator.is_main_process
     classifies = predicts = True
-    for batch in tqdm(dataloader, desc=progress, unit="batch", leave=False, disable=hidden):
+    for batch in tqdm(dataloader, desc=progress, unit="batch", leave=False, disable=hidden or None):
         check_signals()
         with accelerator.autocast():
             output = objective(model, batch)

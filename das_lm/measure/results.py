@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -310,14 +310,14 @@ class Results:
         write_json(directory / FILE_NAME, data)
 
     @classmethod
-    def load(cls, directory: Path) -> Results:
+    def load(cls, directory: Path | str) -> Self:
         """
         Read `forgetting.json`.
 
         Raises:
             UserError: it is broken, not as [`save`] writes it, or of a newer version.
         """
-        path = directory / FILE_NAME
+        path = Path(directory) / FILE_NAME
         with as_user_error(f"{path} cannot be read"):
             text = path.read_text(encoding="utf-8")
             data = json.loads(text, parse_int=_number, parse_float=_number, parse_constant=_number)

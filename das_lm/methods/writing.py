@@ -69,7 +69,9 @@ class Writer:
         model, was_training = self.model, self.model.training
         model.eval()
         hidden = args.disable_tqdm or not trainer.is_world_process_zero()
-        with tqdm(total=count, initial=begin, desc="writing text to remember", unit="row", disable=hidden) as bar:
+        with tqdm(
+            total=count, initial=begin, desc="writing text to remember", unit="row", disable=hidden or None
+        ) as bar:
             for start in range(begin, count, self.batch_size):
                 check_signals()
                 size = min(self.batch_size, count - start)

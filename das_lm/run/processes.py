@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 import transformers
 from accelerate import PartialState
@@ -30,6 +31,8 @@ def begin() -> tuple[PartialState, Console]:
     elif state.device.type == "cpu":
         atexit.register(leave_group)
     transformers.utils.logging.disable_progress_bar()  # of loading and saving weights
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()  # of tokenizing, as all others where nobody watches
     return state, Console(quiet=not state.is_main_process, highlight=False)
 
 

@@ -29,11 +29,11 @@ from das_lm.measure.cache import DIRECTORY as CACHE_NAME
 from das_lm.measure.cache import Cache, fingerprint, model_fingerprint
 from das_lm.measure.leakage import find_leakage
 from das_lm.measure.results import FILE_NAME as RESULTS_NAME
-from das_lm.measure.results import Results
 from das_lm.methods import METHODS, unread_options, without_effect
 from das_lm.model import adapters
 from das_lm.model.loading import check_model, is_causal, load_model, load_tokenizer, model_path
 from das_lm.report.card import HubRepository, write_card
+from das_lm.report.shown import Results
 from das_lm.run import live, samples
 from das_lm.run.directory import (
     ASIDE_NAME,
@@ -52,6 +52,7 @@ from das_lm.run.directory import (
 )
 from das_lm.run.facts import check_precision, check_text, run_facts, stage_facts
 from das_lm.run.processes import begin, claimed, on_main, peak_memory
+from das_lm.run.progress import Progress, in_short
 from das_lm.run.reading import Reader, load_text, with_new_words
 from das_lm.run.trainers import measuring_trainer, train_head
 from das_lm.signals import ProcessLost, Signals, check_signals, is_about_processes, is_about_workers
@@ -127,6 +128,7 @@ class Walk:
         self.cost: dict[str, dict[str, float]] = {}  # of a stage that this process learned: seconds and memory
         self.earlier: Results | None = None  # of the run to go on with
         self.hub: HubRepository | None = None
+        self.progress = Progress(self.console, recipe, self.stages)
 
     def run(self) -> Results:
         """Learn, measure and record all that is not recorded yet; return the results."""
@@ -210,6 +212,7 @@ class Walk:
                 general = self.reader.packed(self.tokenizer, [domain.name for domain in recipe.measure])
                 train_head(model, recipe, general, self.tokenizer, scratch)
             trainer = measuring_trainer(model, recipe, self.tokenizer, scratch)
+            self.progress.header(recipe, model.num_parameters(), self.text)
             checkpoint = BASE_NAME if has_new_head else recipe.model_name_or_path
             measured = self.measure(trainer, "base", {"checkpoint": checkpoint})
             if has_new_head:
@@ -248,6 +251,7 @@ class Walk:
         """Learn the domains of a stage, go on where this was interrupted, and save the model."""
         trainer = self._open_stage(stage)
         self.console.rule(f"[bold]{stage.name}[/bold] ({index} of {len(self.stages)})", align="left")
+        self.progress.follow(trainer, stage.name, {} if self.halves else self.results.stages[0]["scores"])
         started = time.perf_counter()
         live.watch(self, trainer, stage.name)
         trainer.train(resume_from_checkpoint=self._checkpoint_of(index, stage, trainer))
@@ -372,14 +376,7 @@ class Walk:
         for domain, score in scores.items():
             if not math.isfinite(score["loss"]):
                 raise UserError(f"the held-out loss of '{domain}' is {score['loss']} for {name}: see its weights")
-        losses = "   ".join(f"{domain} {score['loss']:.3f}" for domain, score in scores.items())
-        self.console.print(f"held-out loss of {name}:   {losses}")
-        if "mean_importance" in facts:
-            means = "   ".join(f"{kind} {mean:.3f}" for kind, mean in facts["mean_importance"].items())
-            self.console.print(f"mean importance, which the next domain's mask holds back:   {means}")
-        if "interpolation_chosen_on" in facts:
-            chosen_on = ", ".join(facts["interpolation_chosen_on"])
-            self.console.print(f"α {facts['interpolation_alpha']}, chosen on {chosen_on}")
+        self.progress.measured(name, scores, self.results.stages, facts)
         weights = model_fingerprint(trainer.model)
         keys = {domain: fingerprint("held out", weights, one.fingerprint) for domain, one in windows.items()}
         row = {"name": name, "scores": scores, "measured": keys, "samples": samples.of(trainer, windows), **facts}
@@ -418,6 +415,7 @@ class Walk:
             if self.state.is_main_process:
                 shutil.rmtree(stage.workshop, ignore_errors=True)
         self.console.print(*self.results.tables(), sep="\n")
+        self.say(in_short(self.results))
         self.say(f"Results: {self.output / RESULTS_NAME}    Model: {self.source}")
         return self.results
 

@@ -160,7 +160,7 @@ class MeasuringTrainer(SavingTrainer):
         size = self.args.importance_batch_size
         hidden = self.args.disable_tqdm or not self.is_world_process_zero()
         starts = range(0, len(mine), size)
-        for start in tqdm(starts, desc=f"importance ({self.domain})", unit="batch", disable=hidden):
+        for start in tqdm(starts, desc=f"importance ({self.domain})", unit="batch", disable=hidden or None):
             check_signals()
             batch = self.data_collator([blocks[index] for index in mine[start : start + size]])
             yield {name: value.to(self.args.device) for name, value in batch.items()}

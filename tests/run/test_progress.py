@@ -1,0 +1,32 @@
+"""What a run shows of itself: lines instead of dictionaries, and no progress bars where nobody watches."""
+
+import re
+
+from das_lm.measure.results import Results
+from das_lm.run.progress import in_short, left
+from tests.helpers import run_recipe
+
+
+def test_a_run_in_a_file_is_lines(world, tmp_path, capfd):
+    options = ["--disable_tqdm", "false", "--logging_steps", "2", "--eval_strategy", "steps", "--eval_steps", "3"]
+    assert run_recipe(world, tmp_path / "run", *options) == 0
+    printed, bars = capfd.readouterr()
+    assert "{'" not in printed and "it/s]" not in bars and "batch/s]" not in bars
+    assert re.search(r"^model .* parameters$", printed, re.M) and re.search(r"^cost .* 10 steps in all", printed, re.M)
+    assert re.search(r"^2/6   loss \d+\.\d{3}   learning rate .* left in all$", printed, re.M)
+    assert re.search(r"^3/6   old \d+\.\d{3} [↑↓]\d+\.\d{3}   bio .*[↑↓].*cs .*[↑↓]", printed, re.M)
+    assert printed.count("In short: gain ") == 1
+    assert max(map(len, printed.splitlines()[:8])) <= 80
+
+
+def test_time_left():
+    assert [left(one) for one in (3, 100, 7230)] == ["3 s", "2 min", "2 h 0 min"]
+
+
+def test_in_short():
+    scores = [{"old": {"loss": a}, "bio": {"loss": b}} for a, b in ((1.0, 3.0), (1.25, 2.5))]
+    stages = [{"name": name, "scores": one, "seconds": 5.0} for name, one in zip(("base", "bio"), scores, strict=True)]
+    assert in_short(Results({"old": None, "bio": 1}, stages)) == (
+        "In short: gain +0.500   drift +0.250   training took 5 s\n"
+        "A domain got 0.500 nats better in its own stage; what was never learned got 0.250 worse."
+    )

@@ -17,6 +17,11 @@ def printable(text: str) -> str:
     return _CONTROL.sub("?", text)
 
 
+def is_watched() -> bool:
+    """Whether somebody looks at progress bars: stderr is a terminal, or `TTY_COMPATIBLE=1` says so (see rich)."""
+    return rich.console.Console(stderr=True).is_terminal
+
+
 class Console(rich.console.Console):
     """A console to which no name from a file and no text of a user gives orders."""
 

@@ -88,7 +88,8 @@ class Victim:
             [sys.executable, str(SCRIPT), *options, "--output_dir", str(output), *resume],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},  # one thread: sums in one order
+            # One thread: sums in one order. Bars, though nobody looks: they say what goes on.
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "TTY_COMPATIBLE": "1"},
         )
         self.is_listening = True
         self.reader = threading.Thread(target=self._read, daemon=True)

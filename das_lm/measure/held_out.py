@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from das_lm.errors import UserError
 from das_lm.model.objective import Output
 from das_lm.signals import check_signals
+from das_lm.terminal import is_watched
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -148,9 +149,9 @@ def held_out_losses(
     was_training = model.training
     model.eval()
     columns: list[torch.Tensor] = []  # each [rows, 5]: document, losses, predictions, correct ones (or value), bytes
-    hidden = progress is None or not accelerator.is_main_process
+    hidden = progress is None or not accelerator.is_main_process or not is_watched()
     classifies = predicts = True
-    for batch in tqdm(dataloader, desc=progress, unit="batch", leave=False, disable=hidden or None):
+    for batch in tqdm(dataloader, desc=progress, unit="batch", leave=False, disable=hidden):
         check_signals()
         with accelerator.autocast():
             output = objective(model, batch)

@@ -22,6 +22,7 @@ from das_lm.files import write_tensors
 from das_lm.methods.arguments import Count, MemoryArguments, knob
 from das_lm.methods.base import Engine
 from das_lm.signals import check_signals
+from das_lm.terminal import is_watched
 
 Row = dict[str, torch.Tensor]
 FORMAT = "das_lm.self_text"
@@ -68,10 +69,8 @@ class Writer:
         trainer, args = self.trainer, self.trainer.args
         model, was_training = self.model, self.model.training
         model.eval()
-        hidden = args.disable_tqdm or not trainer.is_world_process_zero()
-        with tqdm(
-            total=count, initial=begin, desc="writing text to remember", unit="row", disable=hidden or None
-        ) as bar:
+        hidden = args.disable_tqdm or not trainer.is_world_process_zero() or not is_watched()
+        with tqdm(total=count, initial=begin, desc="writing text to remember", unit="row", disable=hidden) as bar:
             for start in range(begin, count, self.batch_size):
                 check_signals()
                 size = min(self.batch_size, count - start)

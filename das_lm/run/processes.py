@@ -19,7 +19,7 @@ from accelerate.utils import broadcast_object_list
 
 from das_lm.errors import UserError
 from das_lm.run.directory import locked
-from das_lm.terminal import Console
+from das_lm.terminal import Console, is_watched
 from das_lm.training.cpu import use_all_cores
 
 
@@ -31,7 +31,7 @@ def begin() -> tuple[PartialState, Console]:
     elif state.device.type == "cpu":
         atexit.register(leave_group)
     transformers.utils.logging.disable_progress_bar()  # of loading and saving weights
-    if not sys.stderr.isatty():
+    if not is_watched():
         datasets.disable_progress_bars()  # of tokenizing, as all others where nobody watches
     return state, Console(quiet=not state.is_main_process, highlight=False)
 

@@ -16,6 +16,7 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 from das_lm.report.words import change, score
 from das_lm.run.directory import length_of
+from das_lm.terminal import is_watched
 
 if TYPE_CHECKING:
     from das_lm.measure.results import Results
@@ -121,7 +122,8 @@ class Progress(ProgressCallback):
         self.steps[self.stage], self.began = state.max_steps, self.began or time.perf_counter()
         self.since = self.current_step = state.global_step
         if state.is_world_process_zero:
-            self.training_bar = tqdm(total=state.max_steps, initial=self.since, dynamic_ncols=True, disable=None)
+            hidden = args.disable_tqdm or not is_watched()
+            self.training_bar = tqdm(total=state.max_steps, initial=self.since, dynamic_ncols=True, disable=hidden)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.done += 1

@@ -18,6 +18,7 @@ from das_lm.errors import UserError
 from das_lm.measure.held_out import HeldOut, Predictions, held_out_losses
 from das_lm.randomness import addressed_seed
 from das_lm.signals import check_signals
+from das_lm.terminal import is_watched
 from das_lm.training.checkpoints import SavingTrainer
 
 
@@ -158,9 +159,9 @@ class MeasuringTrainer(SavingTrainer):
         count = blocks.available(self.args.importance_samples if count is None else count)
         mine = range(self.args.process_index, count, self.args.world_size)
         size = self.args.importance_batch_size
-        hidden = self.args.disable_tqdm or not self.is_world_process_zero()
+        hidden = self.args.disable_tqdm or not self.is_world_process_zero() or not is_watched()
         starts = range(0, len(mine), size)
-        for start in tqdm(starts, desc=f"importance ({self.domain})", unit="batch", disable=hidden or None):
+        for start in tqdm(starts, desc=f"importance ({self.domain})", unit="batch", disable=hidden):
             check_signals()
             batch = self.data_collator([blocks[index] for index in mine[start : start + size]])
             yield {name: value.to(self.args.device) for name, value in batch.items()}

@@ -6,6 +6,7 @@ import atexit
 import gc
 import resource
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,11 +17,15 @@ import torch
 import transformers
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from tqdm import tqdm
 
 from das_lm.errors import UserError
 from das_lm.run.directory import locked
 from das_lm.terminal import Console, is_watched
 from das_lm.training.cpu import use_all_cores
+
+#: Of all progress bars, in place of tqdm's, which is shared with data loader workers: one that is killed may hold it.
+BARS = threading.RLock()
 
 
 def begin() -> tuple[PartialState, Console]:
@@ -31,6 +36,8 @@ def begin() -> tuple[PartialState, Console]:
     elif state.device.type == "cpu":
         atexit.register(leave_group)
     transformers.utils.logging.disable_progress_bar()  # of loading and saving weights
+    for bar in (tqdm, datasets.utils.tqdm):
+        bar.set_lock(BARS)
     if not is_watched():
         datasets.disable_progress_bars()  # of tokenizing, as all others where nobody watches
     return state, Console(quiet=not state.is_main_process, highlight=False)

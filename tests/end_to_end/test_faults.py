@@ -10,12 +10,15 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
+from tqdm import tqdm
 
 from das_lm import ContinualTrainer, DASConfig
 from das_lm.cli import main
@@ -364,6 +367,8 @@ def test_a_killed_worker_of_the_data_loader(world, finished, tmp_path, monkeypat
     assert "Traceback" not in error and "--resume" in error
     assert ("dataloader_num_workers: a worker" in error) != signalled
     _finish(world, tmp_path / "run", finished, *workers)
+    for bar in (tqdm, datasets.utils.tqdm):
+        assert isinstance(bar.get_lock(), type(threading.RLock()))  # no other process can have died with it
 
 
 def test_a_trainer_of_its_own_saves_too(tmp_path, monkeypatch):

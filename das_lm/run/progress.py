@@ -137,7 +137,7 @@ class Progress(ProgressCallback):
         if "loss" in logs:
             numbers = {"loss": ".3f", "learning_rate": ".1e", "grad_norm": ".2f"}
             parts = [f"{key.replace('_', ' ')} {logs[key]:{style}}" for key, style in numbers.items() if key in logs]
-            self._print("   ".join([step, *parts, f"{self._time_left(state)} left in all"]))
+            self._print("   ".join([step, *parts, f"{self._time_left(state)} left"]))
         self.losses |= {name: logs[f"eval_{name}_loss"] for name in self.domains if f"eval_{name}_loss" in logs}
         if self.losses and len(self.losses) == len(self.domains):
             row = Table.grid(padding=(0, 3))

@@ -69,6 +69,7 @@ from das_lm.data.collating import PaddingCollator
 from das_lm.data.masking import IGNORED, MLMMasking, NextTokens
 from das_lm.data.packing import pack, start_token
 from das_lm.files import write_json
+from das_lm.methods import DAS
 from das_lm.methods.per_example import PerExample
 from das_lm.methods.writing import Writer
 from das_lm.model.objective import LanguageModeling
@@ -90,8 +91,6 @@ CAUSAL_CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "soft masks only, loss in chunks": {"contrast_weight": 0.0, "chunked_cross_entropy": True},
     "DAS, loss in chunks": {"chunked_cross_entropy": True},
 }
-
-
 M_ARENA_MAX = -8  # of malloc.h
 MEGABYTES = 8  # of text that is tokenised
 
@@ -262,8 +261,17 @@ class Bench:
             remember=self.blocks.domains["bench"].select(range(options.batch_size)) if method == "anchor" else None,
         )
         if method == "das":
-            trainer.add_callback(Untouched(trainer))
+            self._with_random_importance(trainer.methods[0], trainer)
         return trainer
+
+    @staticmethod
+    def _with_random_importance(das: DAS, trainer: ContinualTrainer) -> None:
+        """So that training times steps alone, without the importance passes."""
+        das.importance = Importance("paper")
+        generator = torch.Generator().manual_seed(0)
+        raw = {key: torch.rand(size, generator=generator) for key, size in trainer.units.sizes.items()}
+        das.importance.accumulate("random", {key: value.to(trainer.args.device) for key, value in raw.items()})
+        das.end_domain = lambda: None
 
 
 def main() -> None:
@@ -278,7 +286,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         bench = Bench(options, directory)
         if options.peak_of:
-            options.rounds = 1
             trainer = bench.makers[options.peak_of]()
             with PeakMemory() as memory:
                 trainer.train()
@@ -286,8 +293,7 @@ def main() -> None:
         measure = _memory if options.memory else _steps
         results = measure(options, bench)
     if options.json:
-        device = _device()
-        write_json(options.json, {"device": device, "options": vars(options), "results": results})
+        write_json(options.json, {"device": _device(), "options": vars(options), "results": results})
 
 
 def _steps(options: argparse.Namespace, bench: Bench) -> dict[str, dict[str, Any]]:
@@ -456,18 +462,6 @@ def _peak_in_own_process(name: str) -> int:
     """Peak memory in bytes of three steps of a configuration, with nothing left over from another."""
     command = [sys.executable, __file__, *sys.argv[1:], "--rounds", "1", "--peak_of", name]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
-
-
-class Untouched(TrainerCallback):
-    """Gives DAS a random importance, so that `train` times steps alone, without the importance passes."""
-
-    def __init__(self, trainer: ContinualTrainer):
-        method = trainer.methods[0]
-        method.importance = Importance("paper")
-        generator = torch.Generator().manual_seed(0)
-        raw = {key: torch.rand(size, generator=generator) for key, size in trainer.units.sizes.items()}
-        method.importance.accumulate("random", {key: value.to(trainer.args.device) for key, value in raw.items()})
-        method.end_domain = lambda: None
 
 
 def text(options: argparse.Namespace) -> None:

@@ -18,8 +18,9 @@ def printable(text: str) -> str:
 
 
 def is_watched() -> bool:
-    """Whether somebody looks at progress bars: stderr is a terminal, or `TTY_COMPATIBLE=1` says so (see rich)."""
-    return rich.console.Console(stderr=True).is_terminal
+    """Whether somebody looks at progress bars: in a notebook, or on a terminal (stderr, or `TTY_COMPATIBLE=1`)."""
+    console = rich.console.Console(stderr=True)
+    return console.is_terminal or console.is_jupyter
 
 
 class Console(rich.console.Console):

@@ -43,11 +43,13 @@ from das_lm.units.soft_mask import SoftMask
 
 DAS_RUNS = ("das proxy", "das proxy shuffled", "das remembered", "das remembered shuffled")
 RUNS = ("plain", "self", "foreign", "budget", "budget of self", *DAS_RUNS)
+#: Kinds of runs, in figures.
 WORDS = {
     "plain": "plain training",
     "self": "anchor on its own text",
     "foreign": "anchor on foreign text",
-}  # in figures
+    "budget": "anchor, budget",
+}
 FRESH_SEED = 10_000  # of the text that drift is measured on
 
 
@@ -236,22 +238,18 @@ def kept(output: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def draw(found: dict[str, list[dict[str, Any]]], output: Path) -> None:
-    """Write `frontier.svg` (and `.png`): what each run loses against what it gains, its seeds' range as bars."""
+    """Write `frontier.svg` (and `.png`): what each run loses against what it gains, mean and range over seeds."""
     curves: dict[str, dict[str, Any]] = {}
     for name, runs in sorted(found.items(), key=lambda item: not item[0].startswith("plain")):
         kind, _, rate = name.partition(" @")
-        word, _, weight = kind.partition(" ")
-        label = " ".join([WORDS.get(word, f"anchor, {word}" if word == "budget" else word), weight]).rstrip()
-        label = label if kind == "plain" else f"{label}, learning rate {rate}"
+        word, _, rest = kind.partition(" ")
+        label = f"{WORDS.get(word, word)} {rest}".rstrip() + (f", learning rate {rate}" if kind != "plain" else "")
         curve = curves.setdefault(label, {"name": label, "x_label": "", "points": []})
         curve["x_label"] = "learning rate" if kind == "plain" else ""
         point: dict[str, Any] = {"value": float(rate), "forgetting": None}
         for key in ("gain", "drift"):
             values = [one[key] for one in runs]
-            point |= {
-                key: sum(values) / len(values),
-                f"{key}_half": (max(values) - min(values)) / 2,
-            }  # of two: to both
+            point |= {key: sum(values) / len(values), f"{key}_half": (max(values) - min(values)) / 2}
         curve["points"].append(point)
     for curve in curves.values():
         curve["points"].sort(key=lambda point: point["value"])

@@ -7,7 +7,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from das_lm.cli import main
-from das_lm.terminal import Console, printable
+from das_lm.terminal import Console, is_watched, printable
 
 BAD = "\x1b]0;owned\x07\x9b2J\x7f\r\udc80"
 
@@ -15,6 +15,18 @@ BAD = "\x1b]0;owned\x07\x9b2J\x7f\r\udc80"
 def test_line_ends_and_tabs_stay():
     assert printable("a\tb\nc é 🙂\N{ZERO WIDTH JOINER}") == "a\tb\nc é 🙂\N{ZERO WIDTH JOINER}"
     assert printable(BAD) == "?]0;owned??2J???"
+
+
+def test_bars_are_watched_on_a_terminal_and_in_a_notebook(monkeypatch):
+    for name in ("TTY_COMPATIBLE", "FORCE_COLOR", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("sys.stderr", io.StringIO())
+    assert not is_watched()
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    assert is_watched()
+    monkeypatch.delenv("TTY_COMPATIBLE")
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert is_watched()
 
 
 def test_the_console_keeps_its_own_colours():

@@ -215,10 +215,8 @@ class Comparison:
 
     def ranking(self) -> list[list[str]]:
         """Rows of cells, the first the header: a row per configuration, the one that keeps most first."""
-        shown, verdicts = (
-            self._measured(("gain", *COSTS)),
-            {id(one.configuration): one for one in self.at_equal_gain()},
-        )
+        shown = self._measured(("gain", *COSTS))
+        verdicts = {id(one.configuration): one for one in self.at_equal_gain()}
         rows = [["run", "kept", *(FIGURES[figure] for figure in shown), *(["at equal gain"] if verdicts else [])]]
         for rank, one in enumerate(self.ranked(), 1):
             cells = [self._cell(self._kept(one)), *(self._cell(one.estimate(figure)) for figure in shown)]

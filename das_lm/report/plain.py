@@ -9,6 +9,7 @@ from typing import Any
 from das_lm.errors import UserError
 from das_lm.files import recipe_folders
 from das_lm.measure.results import FILE_NAME, Results
+from das_lm.report.runs import is_finished
 from das_lm.report.words import change, score
 
 FIGURES = {"gain": "gain", "drift": "drift of what was never learned", "forgetting": "forgetting"}
@@ -61,8 +62,14 @@ def beside_plain(results: Results, plain: Results) -> list[list[str]]:
     return rows
 
 
-def plain_finding(results: Results, plain: Results) -> str:
-    """The same in one sentence."""
+def plain_finding(results: Results, plain: Results | None) -> str:
+    """The same in one sentence; of a finished run whose twin is not known, how to know it."""
+    if plain is None:
+        if "recipe" not in results.run or results.run["recipe"]["method"] == ["naive"] or not is_finished(results):
+            return ""
+        return (
+            "How plain training does here is not known: run the same with --method naive, in a directory beside this."
+        )
     ours, theirs = (one.summary()["loss"] for one in (results, plain))
     parts = [
         f"{figure} {change(ours[figure], 'loss')} against {change(theirs[figure], 'loss')}"

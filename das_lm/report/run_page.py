@@ -84,15 +84,8 @@ def run_page(results: Results, plain: Results | None) -> Page:
             text={"Recipe": _yaml(run["recipe"])} if "recipe" in run else {},
         ),
     ]
-    verdict = plain_finding(results, plain) if plain else _how_to_know(results)
-    return Page(_lead(results), _notes(results), _headlines(results, plain), verdict, [part for part in parts if part])
-
-
-def _how_to_know(results: Results) -> str:
-    """What to do where nothing is known of plain training."""
-    if "recipe" not in results.run or results.run["recipe"]["method"] == ["naive"] or not is_finished(results):
-        return ""
-    return "How plain training does here is not known: run the same with --method naive, in a directory beside this."
+    top = _lead(results), _notes(results), _headlines(results, plain), plain_finding(results, plain)
+    return Page(*top, [part for part in parts if part])
 
 
 def _over_training(results: Results, plain: Results | None, has_steps: bool) -> list[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -45,7 +45,7 @@ def watch(walk: Walk, trainer: ContinualTrainer, stage: str) -> None:
 
 
 def draw(
-    output: Path, results: Results, stage: str = "", step: int = 0, steps: int = 0, log: list[dict[str, Any]] = ()
+    output: Path, results: Results, stage: str = "", step: int = 0, steps: int = 0, log: Sequence[dict[str, Any]] = ()
 ) -> None:
     """Draw the page as far as the run has come; what keeps it from being drawn keeps nothing from being learned."""
     from das_lm.report.page import write_running

@@ -14,7 +14,8 @@ from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
-from das_lm.report.words import change, score
+from das_lm.report.plain import plain_finding
+from das_lm.report.words import change, duration, score
 from das_lm.run.directory import length_of
 from das_lm.terminal import is_watched
 
@@ -39,26 +40,13 @@ def changes(losses: Mapping[str, float], base: Mapping[str, float]) -> Columns:
     return Columns(cells, padding=(0, 3))
 
 
-def left(seconds: float) -> str:
-    """A time that is left, in words."""
-    minutes, hours = round(seconds / 60), int(seconds // 3600)
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{hours} h {minutes - 60 * hours} min" if hours else f"{minutes} min"
-
-
-def in_short(results: Results) -> str:
-    """What a finished run gained, lost and took, in one line and one sentence."""
+def in_short(results: Results, plain: Results | None) -> str:
+    """What a finished run gained, lost and took, and what plain training did."""
     figures = {name: results.summary()["loss"][name] for name in ("gain", "drift", "forgetting")}
     parts = [f"{name} {change(value, 'loss')}" for name, value in figures.items() if value is not None]
     seconds = [stage.get("seconds") for stage in results.stages[1:]]
-    parts += [f"training took {left(sum(seconds))}"] if None not in seconds else []
-    gain, drift = figures["gain"], figures["drift"]
-    learned = f"A domain got {abs(gain):.3f} nats {'better' if gain > 0 else 'worse'} in its own stage"
-    lost = (
-        "" if drift is None else f"; what was never learned got {abs(drift):.3f} {'worse' if drift > 0 else 'better'}"
-    )
-    return f"In short: {'   '.join(parts)}\n{learned}{lost}."
+    parts += [f"training took {duration(sum(seconds))}"] if None not in seconds else []
+    return f"In short: {'   '.join(parts)}\n{plain_finding(results, plain)}".rstrip()
 
 
 class Progress(ProgressCallback):
@@ -133,6 +121,7 @@ class Progress(ProgressCallback):
         """Measuring has a bar of its own."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
+        """A line of what was logged; one when the last of the held-out domains has been measured."""
         step = f"{state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}"
         if "loss" in logs:
             numbers = {"loss": ".3f", "learning_rate": ".1e", "grad_norm": ".2f"}
@@ -150,7 +139,7 @@ class Progress(ProgressCallback):
         names = list(self.steps)
         later = [self.steps[name] or state.max_steps for name in names[names.index(self.stage) + 1 :]]
         ahead = state.max_steps - state.global_step + sum(later)
-        return left((time.perf_counter() - self.began) / max(1, self.done) * ahead)
+        return duration((time.perf_counter() - self.began) / max(1, self.done) * ahead)
 
     def _print(self, shown: Any) -> None:
         with tqdm.external_write_mode(file=sys.stdout):

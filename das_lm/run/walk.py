@@ -33,6 +33,7 @@ from das_lm.methods import METHODS, unread_options, without_effect
 from das_lm.model import adapters
 from das_lm.model.loading import check_model, is_causal, load_model, load_tokenizer, model_path
 from das_lm.report.card import HubRepository, write_card
+from das_lm.report.plain import plain_twin
 from das_lm.report.shown import Results
 from das_lm.run import live, samples
 from das_lm.run.directory import (
@@ -92,8 +93,7 @@ def continual_pretrain(
         Interrupted: SIGTERM or Ctrl-C; what is learned is saved.
     """
     with Signals():
-        walk = Walk(recipe, resume, overwrite, halves)
-        walk.draws = report and walk.state.is_main_process  # the page, on the way
+        walk = Walk(recipe, resume, overwrite, halves, report)
         with _faults_in_words(walk), claimed(walk.output), live.settled(walk):
             results = walk.run()
             if walk.draws:
@@ -118,8 +118,9 @@ class Measured:
 class Walk:
     """[`continual_pretrain`] in a directory that is [`claimed`], with its arguments. Read [`run`] first."""
 
-    def __init__(self, recipe: Recipe, resume: bool, overwrite: bool, halves: bool):
+    def __init__(self, recipe: Recipe, resume: bool, overwrite: bool, halves: bool, report: bool):
         self.state, self.console = begin()
+        self.draws = report and self.state.is_main_process  # the page, on the way and in the end
         self.recipe = self.asked = recipe  # `recipe` will name the base model with its new head, if it gets one
         self.resume, self.overwrite, self.halves = resume, overwrite, halves
         self.output = Path(recipe.output_dir)
@@ -129,6 +130,7 @@ class Walk:
         self.earlier: Results | None = None  # of the run to go on with
         self.hub: HubRepository | None = None
         self.progress = Progress(self.console, recipe, self.stages)
+        self.keeps_text = all(one.training.get("keep_text", True) for one in (recipe, *recipe.domains))
 
     def run(self) -> Results:
         """Learn, measure and record all that is not recorded yet; return the results."""
@@ -379,8 +381,8 @@ class Walk:
         self.progress.measured(name, scores, self.results.stages, facts)
         weights = model_fingerprint(trainer.model)
         keys = {domain: fingerprint("held out", weights, one.fingerprint) for domain, one in windows.items()}
-        row = {"name": name, "scores": scores, "measured": keys, "samples": samples.of(trainer, windows), **facts}
-        return Measured(row, measured)
+        said = {"samples": samples.of(trainer, windows)} if self.keeps_text else {}
+        return Measured({"name": name, "scores": scores, "measured": keys, **said, **facts}, measured)
 
     def record(self, index: int, measured: Measured) -> None:
         """Put a row and its intervals into the results, and write them; of a stage its card before, and push it."""
@@ -415,7 +417,7 @@ class Walk:
             if self.state.is_main_process:
                 shutil.rmtree(stage.workshop, ignore_errors=True)
         self.console.print(*self.results.tables(), sep="\n")
-        self.say(in_short(self.results))
+        self.say(in_short(self.results, plain_twin(self.results, self.output)))
         self.say(f"Results: {self.output / RESULTS_NAME}    Model: {self.source}")
         return self.results
 

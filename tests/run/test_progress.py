@@ -3,7 +3,7 @@
 import re
 
 from das_lm.measure.results import Results
-from das_lm.run.progress import in_short, left
+from das_lm.run.progress import in_short
 from tests.helpers import run_recipe
 
 
@@ -20,14 +20,13 @@ def test_a_run_in_a_file_is_lines(world, tmp_path, capfd):
     assert max(map(len, printed.splitlines()[:8])) <= 80
 
 
-def test_time_left():
-    assert [left(one) for one in (3, 100, 7230)] == ["3 s", "2 min", "2 h 0 min"]
-
-
 def test_in_short():
     scores = [{"old": {"loss": a}, "bio": {"loss": b}} for a, b in ((1.0, 3.0), (1.25, 2.5))]
     stages = [{"name": name, "scores": one, "seconds": 5.0} for name, one in zip(("base", "bio"), scores, strict=True)]
-    assert in_short(Results({"old": None, "bio": 1}, stages)) == (
-        "In short: gain +0.500   drift +0.250   training took 5 s\n"
-        "A domain got 0.500 nats better in its own stage; what was never learned got 0.250 worse."
+    results = Results({"old": None, "bio": 1}, stages)
+    line = "In short: gain +0.500   drift +0.250   training took 5 s"
+    assert in_short(results, None) == line  # of no recipe, nothing can be said of plain training
+    assert in_short(results, results) == (
+        f"{line}\nBeside plain training of the same model, with the same text and steps: gain +0.500 against +0.500, "
+        "drift +0.250 against +0.250."
     )

@@ -144,6 +144,7 @@ def test_without_keep_text_no_text_of_the_user_is_in_any_file(world, tmp_path):
         for line in (world / f"{name}.txt").read_text().splitlines():
             ids = tokenizer(line, add_special_tokens=False)["input_ids"]
             assert all(np.array(ids, dtype=kind).tobytes() not in whole for kind in ("<i2", "<i4", "<i8"))
+    assert all("samples" not in stage for stage in Results.load(output).stages)  # words of held-out text
 
 
 def test_one_domain_and_a_penalty(world, tmp_path, capsys):

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from das_lm.cli import main
 from das_lm.measure.results import Results
+from tests.end_to_end.helpers import command
 from tests.helpers import ROOT, run_recipe, save_model, step_losses, tiny_roberta
 
 
@@ -48,11 +49,6 @@ def test_equivalent_configurations_have_one_loss_trajectory(world, still, tmp_pa
     assert residual.mean().abs() < 5e-5 * max(left)  # no drift to one side
 
 
-def _command(world: Path, output: Path, *options: str) -> list[str]:
-    script = ROOT / "scripts" / "continual_pretrain.py"
-    return [sys.executable, str(script), "--recipe", str(world / "recipe.yaml"), "--output_dir", str(output), *options]
-
-
 def test_killed_run_resumes_to_the_same_result(world, tmp_path):
     """SIGKILL as soon as the second domain has its first whole checkpoint. Every run is a process of its own."""
     options = ["--max_steps", "8", "--save_steps", "2"]
@@ -61,9 +57,9 @@ def test_killed_run_resumes_to_the_same_result(world, tmp_path):
         "stderr": subprocess.DEVNULL,
         "env": {**os.environ, "OMP_NUM_THREADS": "1"},  # sums in one order
     }
-    subprocess.run(_command(world, tmp_path / "whole", *options), **alike, check=True, timeout=300)
+    subprocess.run(command(world, tmp_path / "whole", *options), **alike, check=True, timeout=300)
     output = tmp_path / "killed"
-    process = subprocess.Popen(_command(world, output, *options), **alike)
+    process = subprocess.Popen(command(world, output, *options), **alike)
     waited_for = output / "2-cs.training" / "checkpoint-2" / "manifest.json"
     deadline = time.monotonic() + 120
     while not waited_for.exists() and process.poll() is None and time.monotonic() < deadline:
@@ -72,7 +68,7 @@ def test_killed_run_resumes_to_the_same_result(world, tmp_path):
     assert process.wait() == -signal.SIGKILL
     assert waited_for.exists() and not (output / "2-cs").exists()
 
-    subprocess.run(_command(world, output, *options, "--resume"), **alike, check=True, timeout=300)
+    subprocess.run(command(world, output, *options, "--resume"), **alike, check=True, timeout=300)
     for file in ("model.safetensors", "importance.safetensors"):
         for stage in ("1-bio", "2-cs"):
             left, right = load_file(tmp_path / "whole" / stage / file), load_file(output / stage / file)
@@ -82,7 +78,7 @@ def test_killed_run_resumes_to_the_same_result(world, tmp_path):
 
 def test_bad_input_through_a_real_process(world, tmp_path):
     result = subprocess.run(
-        _command(world, tmp_path / "run", "--learning_rat", "1"), capture_output=True, text=True, timeout=120
+        command(world, tmp_path / "run", "--learning_rat", "1"), capture_output=True, text=True, timeout=120
     )
     assert result.returncode == 2
     assert "--learning_rate" in result.stderr and "Traceback" not in result.stderr

@@ -1,10 +1,8 @@
 """A run that is stopped at any moment loses nothing: faults at named points, kills, signals, full disks, damage."""
 
-import errno
 import io
 import multiprocessing
 import os
-import resource
 import shutil
 import signal
 import socket
@@ -13,7 +11,6 @@ import sys
 import threading
 import time
 import weakref
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -33,8 +30,7 @@ from das_lm.run import walk as pretrain
 from das_lm.run.directory import locked
 from das_lm.signals import Interrupted, Signals, check_signals
 from das_lm.training import checkpoints
-from das_lm.training.resuming import check_order
-from tests.end_to_end.test_command_line import _command
+from tests.end_to_end.helpers import command, finish, stop_at
 from tests.helpers import build_tokenizer, load_script, random_blocks, run_recipe, signal_at_step, tiny_roberta
 
 
@@ -46,18 +42,7 @@ def _ctrl_c_is_heard():
     signal.signal(signal.SIGINT, before)
 
 
-def _finish(world: Path, output: Path, whole: Path, *options: str) -> None:
-    """Let a run come to its end: weights, importance and scores are those of another, and so are the files."""
-    resume = ["--resume"] if (output / "recipe.yaml").exists() else []
-    assert run_recipe(world, output, *options, *resume) == 0
-    assert load_script("chaos").differences(whole, output) == []
-
-
 # ---- faults at named points --------------------------------------------------------------------------------------
-
-
-class Killed(BaseException):
-    """Nothing in the package catches it."""
 
 
 #: Name -> where a run ends: object, function, its n-th call, and whether it ends before or after that.
@@ -84,38 +69,20 @@ POINTS: dict[str, tuple[Any, str, int, str]] = {
 }
 
 
-def _stop_at(world: Path, output: Path, monkeypatch: Any, point: tuple[Any, str, int, str]) -> None:
-    where, name, call, moment = point
-    original, calls = getattr(where, name), []
-
-    def stop(*arguments, **options):
-        calls.append(name)
-        if len(calls) == call and moment == "before":
-            raise Killed
-        result = original(*arguments, **options)
-        if len(calls) == call:
-            raise Killed
-        return result
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(where, name, stop)
-        run_recipe(world, output)
-
-
 @pytest.mark.parametrize("point", POINTS)
 def test_a_fault_at_a_named_point_costs_nothing(world, finished, tmp_path, monkeypatch, point):
-    _stop_at(world, tmp_path / "run", monkeypatch, POINTS[point])
-    _finish(world, tmp_path / "run", finished)
+    stop_at(world, tmp_path / "run", monkeypatch, POINTS[point])
+    finish(world, tmp_path / "run", finished)
 
 
 def test_what_was_being_written_is_no_run_and_goes(world, finished, tmp_path):
     """A real kill leaves temporary files, which no `finally` has removed."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".recipe.yaml.123.partial").write_text("model_na")
-    _finish(world, tmp_path / "run", finished)
+    finish(world, tmp_path / "run", finished)
     for name in (".forgetting.json.123.partial", "measured/.a.safetensors.123.partial"):
         (tmp_path / "run" / name).write_text("{")
-    _finish(world, tmp_path / "run", finished)
+    finish(world, tmp_path / "run", finished)
 
 
 # ---- real kills --------------------------------------------------------------------------------------------------
@@ -127,13 +94,13 @@ def test_three_real_kills_of_one_run(world, tmp_path):
     chaos, output = load_script("chaos"), tmp_path / "run"
     shown = ["--disable_tqdm", "false"]
     alike = {"env": {**os.environ, "OMP_NUM_THREADS": "1"}, "capture_output": True, "check": True, "timeout": 300}
-    subprocess.run(_command(world, tmp_path / "whole", *shown), **alike)
+    subprocess.run(command(world, tmp_path / "whole", *shown), **alike)
     died_in = [
         chaos.kill_once(["--recipe", str(world / "recipe.yaml"), *shown], output, phase, occurrence, delay=0)
         for phase, occurrence in (("saving a checkpoint", 2), ("importance", 1), ("between domains", 1))
     ]
     assert None not in died_in and "saving a checkpoint" in died_in
-    subprocess.run(_command(world, output, *shown, "--resume"), **alike)
+    subprocess.run(command(world, output, *shown, "--resume"), **alike)
     assert chaos.differences(tmp_path / "whole", output) == []
 
 
@@ -211,7 +178,7 @@ def test_a_run_goes_on_with_the_text_that_it_began_with(world, finished, tmp_pat
         shutil.rmtree(output / "2-cs")
     finally:
         path.write_text(text)
-    _finish(world, output, finished)
+    finish(world, output, finished)
 
 
 # ---- SIGTERM and Ctrl-C ------------------------------------------------------------------------------------------
@@ -229,7 +196,7 @@ def test_a_signal_saves_and_says_how_to_go_on(world, finished, tmp_path, monkeyp
     said = capfd.readouterr().err
     assert f"das-lm: interrupted; 'bio' is saved as {saved}; the same command with --resume continues" in said
     assert "Traceback" not in said
-    _finish(world, output, finished)
+    finish(world, output, finished)
 
 
 def test_the_second_signal_stops_at_once(world, finished, tmp_path, monkeypatch, capfd):
@@ -238,7 +205,7 @@ def test_the_second_signal_stops_at_once(world, finished, tmp_path, monkeypatch,
         assert run_recipe(world, tmp_path / "run") == 130
     assert not (tmp_path / "run" / "1-bio.training" / "checkpoint-3").exists()
     assert "das-lm: interrupted; the same command with --resume continues" in capfd.readouterr().err
-    _finish(world, tmp_path / "run", finished)
+    finish(world, tmp_path / "run", finished)
 
 
 def test_a_launcher_that_passes_ctrl_c_on_is_no_second_signal(monkeypatch):
@@ -264,7 +231,7 @@ def test_a_signal_where_nothing_is_learned_stops_at_once(world, finished, tmp_pa
     with monkeypatch.context() as patch:
         patch.setattr(where, name, wrapper)
         assert run_recipe(world, tmp_path / "run") == 143
-    _finish(world, tmp_path / "run", finished)
+    finish(world, tmp_path / "run", finished)
 
 
 class _InDestructor:
@@ -296,7 +263,7 @@ def test_a_signal_that_python_drops_is_heard_later(world, finished, tmp_path, mo
         patch.setattr(where, name, wrapper)
         assert run_recipe(world, tmp_path / "run") == 143
     assert not (tmp_path / "run" / "2-cs").exists()
-    _finish(world, tmp_path / "run", finished)
+    finish(world, tmp_path / "run", finished)
 
 
 def test_a_signal_in_a_destructor_shows_no_traceback(capfd):
@@ -334,7 +301,7 @@ def test_ctrl_c_ends_the_reader_of_a_pipe_too(world, finished, tmp_path):
                 os.close(copy)
     assert status == 130
     assert broken_file(tmp_path / "run" / "1-bio.training" / "checkpoint-3") is None
-    _finish(world, tmp_path / "run", finished, *shown)
+    finish(world, tmp_path / "run", finished, *shown)
 
 
 def test_without_a_reader_a_command_goes_on():
@@ -366,7 +333,7 @@ def test_a_killed_worker_of_the_data_loader(world, finished, tmp_path, monkeypat
     error = capsys.readouterr().err
     assert "Traceback" not in error and "--resume" in error
     assert ("dataloader_num_workers: a worker" in error) != signalled
-    _finish(world, tmp_path / "run", finished, *workers)
+    finish(world, tmp_path / "run", finished, *workers)
     for bar in (tqdm, datasets.utils.tqdm):
         assert isinstance(bar.get_lock(), type(threading.RLock()))  # no other process can have died with it
 
@@ -406,137 +373,3 @@ def test_ignored_signals_stay_ignored_and_forks_end():
             assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 143
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-# ---- disks that take nothing -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "fails", ["1-bio/config.json", "1-bio/importance.safetensors", "1-bio/model.safetensors", "optimizer"]
-)
-def test_a_full_disk_is_a_message_and_the_run_goes_on_later(world, finished, tmp_path, capsys, fails):
-    """No file may grow past the limit, as on a full disk; nothing half-written stays under the name of a domain."""
-    weights = (finished / "1-bio" / "model.safetensors").stat().st_size
-    limit = weights + 1000 if fails == "optimizer" else (finished / fails).stat().st_size - 1
-    output = tmp_path / "run"
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        assert run_recipe(world, output) == 2
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    error = capsys.readouterr().err
-    assert error.count("das-lm: error: output_dir: cannot write to ") == 1 and "--resume" in error
-    assert str(tmp_path) in error and "Traceback" not in error
-    assert not (output / "1-bio").exists()
-    _finish(world, output, finished)
-
-
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT])
-def test_a_disk_that_takes_nothing_any_more_is_named(world, finished, tmp_path, monkeypatch, capsys, number):
-    output = tmp_path / "run"
-    shutil.copytree(finished, output)
-    (output / "forgetting.json").unlink()  # all is measured again
-    before = {path: path.stat().st_mtime_ns for path in output.glob("[0-9]*/*")}
-    with monkeypatch.context() as patch:
-
-        def replace(source, target):
-            raise OSError(number, os.strerror(number), str(target))
-
-        patch.setattr(os, "replace", replace)
-        assert run_recipe(world, output, "--resume") == 2
-    error = capsys.readouterr().err
-    assert f"cannot write to {output}/measured" in error and os.strerror(number) in error and "--resume" in error
-    assert before == {path: path.stat().st_mtime_ns for path in output.glob("[0-9]*/*")}
-    _finish(world, output, finished)
-
-
-# ---- damaged files -----------------------------------------------------------------------------------------------
-
-
-def _flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-
-
-def _cut(path: Path) -> None:
-    os.truncate(path, path.stat().st_size // 2)
-
-
-@pytest.mark.parametrize("damage", [_flip, _cut, Path.unlink])
-@pytest.mark.parametrize("steps", [[4], [2, 4]])
-def test_the_last_whole_checkpoint_is_used(world, finished, tmp_path, monkeypatch, caplog, damage, steps):
-    output = tmp_path / "run"
-    _stop_at(world, output, monkeypatch, (ContinualTrainer, "training_step", 6, "before"))
-    for step in steps:
-        damage(output / "1-bio.training" / f"checkpoint-{step}" / "optimizer.pt")
-    begun = []
-    original = ContinualTrainer.train
-    monkeypatch.setattr(
-        ContinualTrainer,
-        "train",
-        lambda self, resume_from_checkpoint: (
-            begun.append(resume_from_checkpoint) or original(self, resume_from_checkpoint)
-        ),
-    )
-    _finish(world, output, finished)
-    named = [record.getMessage() for record in caplog.records if record.name == "das_lm.files"]
-    assert len(named) == len(steps) and all(
-        f"checkpoint-{step} is passed over: optimizer.pt is damaged" in line
-        for step, line in zip(sorted(steps, reverse=True), named, strict=True)
-    )
-    whole = None if 2 in steps else output / "1-bio.training" / "checkpoint-2"
-    assert begun[0] == whole
-
-
-def test_a_damaged_domain_is_refused_and_can_be_learned_again(world, finished, tmp_path, capsys):
-    output = tmp_path / "run"
-    shutil.copytree(finished, output)
-    _flip(output / "1-bio" / "model.safetensors")
-    before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
-    assert run_recipe(world, output, "--resume") == 2
-    error = capsys.readouterr().err
-    assert f"{output / '1-bio'} is damaged: model.safetensors" in error and "delete it" in error
-    assert before == {path: path.stat().st_mtime_ns for path in output.rglob("*")}
-    shutil.rmtree(output / "1-bio")
-    _finish(world, output, finished)
-
-
-# ---- another number of processes ---------------------------------------------------------------------------------
-
-
-def test_the_same_rows_in_every_step_or_a_refusal(tmp_path):
-    args = DASConfig(
-        tmp_path, max_length=12, max_steps=5, per_device_train_batch_size=8, use_cpu=True, report_to="none"
-    )
-    data = random_blocks(40)
-    one = ContinualTrainer(tiny_roberta(), args, train_dataset=data, processing_class=build_tokenizer(), domain="bio")
-
-    def before(processes, size, accumulation):
-        keys = ("processes", "per_device_train_batch_size", "gradient_accumulation_steps")
-        return dict(zip(keys, (processes, size, accumulation), strict=True))
-
-    for same in ((1, 8, 1), (2, 4, 1), (1, 2, 4), (2, 2, 2), (8, 1, 1)):
-        check_order(one, before(*same))
-    for rows, other in ((16, (2, 8, 1)), (4, (1, 4, 1))):
-        with pytest.raises(UserError, match=f"began with {rows} rows per update step .* product is {rows} again"):
-            check_order(one, before(*other))
-    # 41 rows do not fill steps of 8: five steps do not come to the end, six do.
-    one.train_dataset = random_blocks(41)
-    check_order(one, before(2, 4, 1))
-    one.args.max_steps = 6
-    check_order(one, before(1, 4, 2))  # one process fills nothing up
-    with pytest.raises(UserError, match="41 rows of domain 'bio' do not fill 8 rows per update step"):
-        check_order(one, before(2, 4, 1))
-
-
-def test_another_batch_is_refused_before_anything_is_learned(world, finished, tmp_path, capsys):
-    output = tmp_path / "run"
-    shutil.copytree(finished, output)
-    shutil.rmtree(output / "2-cs")
-    assert run_recipe(world, output, "--resume", "--per_device_train_batch_size", "2") == 2
-    assert "began with 4 rows per update step (1 processes × 4 per_device" in capsys.readouterr().err
-    accumulated = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"]
-    assert run_recipe(world, output, "--resume", *accumulated) == 0
-    assert len(Results.load(output).stages) == 3

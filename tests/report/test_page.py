@@ -2,14 +2,10 @@
 
 import csv
 import json
-import os
 import re
 import shutil
-import subprocess
-from html.parser import HTMLParser
 from xml.etree import ElementTree
 
-import numpy as np
 import pytest
 from matplotlib.image import imread
 
@@ -19,69 +15,7 @@ from das_lm.measure.results import FILE_NAME
 from das_lm.report.page import write_report
 from das_lm.report.terms import TERMS, defined
 from tests.report.full_runs import language_run, plain, save, small_run
-
-SCRIPT = "<script>alert(1)</script>"
-FIGURES = [
-    *("held-out-loss", "matrix-loss", "matrix-accuracy", "matrix-cloze", "matrix-end-task", "loss-parts", "pace"),
-    *("saturation", "overlap", "importance-1", "importance-2"),
-]
-
-
-class Page(HTMLParser):
-    """Tags with their attributes, and the text of every table cell, paragraph, item and heading."""
-
-    TEXTS = ("p", "li", "h1", "h2", "h3", "h4", "pre", "figcaption", "summary", "title", "dt", "dd")
-
-    def __init__(self, html):
-        super().__init__()
-        self.tags, self.attributes, self.texts, self.tables = [], [], [], []
-        self.inside = []
-        self.feed(html)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        self.attributes += [(tag, *pair) for pair in attributes]
-        if tag == "table":
-            self.tables.append([])
-        elif tag == "tr":
-            self.tables[-1].append([])
-        elif tag in ("th", "td"):
-            self.tables[-1][-1].append("")
-            self.inside.append(tag)
-        elif tag in self.TEXTS:
-            self.texts.append((tag, ""))
-            self.inside.append(tag)
-
-    def handle_endtag(self, tag):
-        if self.inside and tag == self.inside[-1]:
-            self.inside.pop()
-
-    def handle_data(self, data):
-        if self.inside and self.inside[-1] in ("th", "td"):
-            self.tables[-1][-1][-1] += data
-        elif self.inside:
-            tag, text = self.texts[-1]
-            self.texts[-1] = (tag, text + data)
-
-    def of(self, *tags):
-        return [text for tag, text in self.texts if tag in tags]
-
-    def values(self, name):
-        return [value for _, key, value in self.attributes if key == name]
-
-
-def read(path):
-    return Page(path.read_text(encoding="utf-8"))
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    return save(language_run(["bio", SCRIPT]), tmp_path_factory.mktemp("report") / "run")
-
-
-@pytest.fixture(scope="module")
-def path(run):
-    return write_report([run])
+from tests.report.helpers import FIGURES, SCRIPT, read
 
 
 @pytest.fixture(scope="module")
@@ -499,65 +433,3 @@ def test_command_line(tmp_path, capsys):
     assert main(["report", str(run), "--output_dir", str(tmp_path / "out"), "--title", "T"]) == 0
     assert capsys.readouterr().out == f"Report: {tmp_path / 'out' / 'report.html'}\n"
     assert read(tmp_path / "out" / "report.html").of("h1") == ["T"]
-
-
-# ---- in Chromium ------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def chromium(tmp_path):
-    """Opens a page with options; gives stdout and what was said on the console."""
-    program = shutil.which("chromium")
-    if program is None:
-        pytest.skip("chromium is not installed (apt-get install chromium)")
-
-    def open_page(path, *options):
-        command = [program, "--headless", "--disable-gpu", "--hide-scrollbars", "--window-size=1000,2400"]
-        command += [f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--v=0"]
-        command += ["--disable-background-networking", "--no-first-run"]  # its own requests
-        command += ["--no-sandbox"] if os.geteuid() == 0 else []
-        done = subprocess.run(
-            [*command, *options, path.absolute().as_uri()], capture_output=True, text=True, timeout=120
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-
-    return open_page
-
-
-def test_chromium_opens_it_without_a_word(chromium, path, tmp_path):
-    """With its policy, every attempt to load something would be an error on the console, as the second page shows."""
-    dom, console = chromium(path, "--dump-dom")
-    assert console == []
-    page = Page(dom)
-    assert page.tags.count("svg") == len(FIGURES) and "script" not in page.tags
-    assert page.of("h3")[-1] == f"Importance after {SCRIPT}"
-    other = tmp_path / "other.html"
-    image = '<img src="http://127.0.0.1:9/x.png"><script>document.title = "changed"</script></body>'
-    other.write_text(path.read_text(encoding="utf-8").replace("</body>", image), encoding="utf-8")
-    dom, console = chromium(other, "--dump-dom")
-    assert len(console) == 2 and all("Content Security Policy" in line for line in console)
-    assert "changed" not in Page(dom).of("title")
-
-
-def test_chromium_light_and_dark(chromium, path, tmp_path):
-    """Dark paper and light ink where that is preferred; the colours of the figures stay."""
-    shots = {}
-    for name, scheme in (("dark", 0), ("light", 1)):
-        file = tmp_path / f"{name}.png"
-        chromium(path, f"--blink-settings=preferredColorScheme={scheme}", f"--screenshot={file}")
-        shots[name] = imread(file)[..., :3]
-    assert shots["light"].shape == shots["dark"].shape == (2400, 1000, 3)
-    paper = {name: shot[2, 2] for name, shot in shots.items()}
-    assert paper["light"].min() > 0.95 and paper["dark"].max() < 0.15
-    for name, shot in shots.items():
-        ink = np.abs(shot.mean(-1) - paper[name].mean())
-        assert 0.01 < (ink > 0.6).mean() < 0.2
-        assert ((shot[..., 2] - shot[..., 0]) > 0.2).mean() > 0.001  # blue tiles of the result matrix
-
-
-def test_chromium_prints_it(chromium, path, tmp_path):
-    file = tmp_path / "page.pdf"
-    chromium(path, f"--print-to-pdf={file}", "--no-pdf-header-footer")
-    data = file.read_bytes()
-    assert data.startswith(b"%PDF") and len(re.findall(rb"/Type\s*/Page\b", data)) > 2

@@ -295,7 +295,8 @@ def main() -> None:
         measure = _memory if options.memory else _steps
         results = measure(options, bench)
     if options.json:
-        write_json(options.json, {"device": _device(), "options": vars(options), "results": results})
+        asked = {name: value for name, value in vars(options).items() if name not in ("json", "peak_of")}
+        write_json(options.json, {"device": _device(), "options": asked, "results": results})
 
 
 def _steps(options: argparse.Namespace, bench: Bench) -> dict[str, dict[str, Any]]:

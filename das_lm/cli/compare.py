@@ -11,7 +11,7 @@ OPTIONS = {
         "Directory of a run, or one below which there are runs.", list[str], positional=True, metavar="RUN"
     ),
     "reference": option("What the others are compared with at equal gain (default: naive).", metavar="METHOD"),
-    "measure": option("loss (default), accuracy, r2, cloze or end_task."),
+    "measure": option("loss (default), accuracy, r2, cloze, lm_eval or end_task."),
     "output_dir": option("Write comparison.json and table.md there."),
 }
 

@@ -31,6 +31,18 @@ OPTIONS = {
         action="extend",
         metavar="NAME[=FILE]",
     ),
+    "lm_eval": option(
+        "Tasks or groups of lm-eval, with commas, such as hellaswag,arc_challenge,mmlu: causal models, every example "
+        "paired between checkpoints. The built-in questions are das_lm_general, das_lm_bio and das_lm_cs. A NAME such "
+        "as bio.pubmedqa belongs to the domain bio. (Extra: lm_eval.)",
+        list[str],
+        action="extend",
+        metavar="[NAME=]TASK",
+    ),
+    "limit": option("Of lm-eval: the first so many examples of every task (default: all).", int),
+    "num_fewshot": option("Of lm-eval: examples in every prompt (default: as the task says).", int),
+    "include_path": option("Of lm-eval: directory with tasks of your own, as YAML."),
+    "apply_chat_template": option("Of lm-eval: write prompts as the chat template does.", bool),
     "end_task": option(
         "Fine-tune a classifier from every checkpoint: a directory with train, dev and test as .jsonl or .csv with "
         "'text' and 'label', or hub:ORGANISATION/NAME. A NAME such as bio or bio.chemprot belongs to the domain bio.",
@@ -67,7 +79,7 @@ TRAINING = (
 
 
 def evaluate(arguments: list[str]) -> None:
-    """Measure a run, or any checkpoints: held-out text, questions, end-tasks."""
+    """Measure a run, or any checkpoints: held-out text, questions, lm-eval, end-tasks."""
     options, training = parse_with_training(
         "evaluate",
         "evaluation",
@@ -84,14 +96,26 @@ def evaluate(arguments: list[str]) -> None:
     if run is None and "output_dir" not in options:
         raise UserError("--output_dir is missing; checkpoints have no directory of their own for the results")
     from das_lm.measure.end_task import EndTaskConfig
+    from das_lm.measure.harness import HarnessConfig
     from das_lm.run.evaluate import Probes, evaluate_checkpoints, evaluate_run
 
     cloze = [spec if "=" in spec else f"{spec}=built-in:{spec}" for spec in options.get("cloze", [])]
+    tasks = [task for spec in options.get("lm_eval", []) for task in spec.split(",") if task]
+    asked = {
+        key: options[key] for key in ("limit", "num_fewshot", "include_path", "apply_chat_template") if key in options
+    }
+    for key in asked.keys() & {"limit", "num_fewshot"}:
+        if asked[key] < (key == "limit"):
+            raise UserError(f"--{key} {asked[key]}: is a number of examples, {int(key == 'limit')} or more")
+    if asked and not tasks:
+        raise UserError(f"--{next(iter(asked))}: is of lm-eval; name its tasks with --lm_eval")
     tuning = {key.removeprefix("end_task_"): value for key, value in options.items() if key.startswith("end_task_")}
     if "seeds" in tuning:
         tuning["seeds"] = tuple(tuning["seeds"])
     probes = Probes(
         pairs("cloze", cloze),
+        pairs("lm_eval", [task if "=" in task else f"{task}={task}" for task in tasks]),
+        HarnessConfig(**asked),
         pairs("end_task", options.get("end_task", [])),
         EndTaskConfig(**tuning),
         options.get("pseudo_perplexity", 0),

@@ -33,11 +33,14 @@ MEASURES = {
     "accuracy": ("top-1 accuracy", ".1%"),
     "r2": ("R²", ".3f"),
     "cloze": ("cloze accuracy", ".1%"),
+    "lm_eval": ("lm-eval score", ".1%"),
     "end_task": ("end-task macro F1", ".1%"),
 }
 LOWER_IS_BETTER = ("loss", "bits_per_byte")
 #: Measures that are no scores of a domain -> where they stand in a stage.
-PROBES = {"cloze": "cloze", "end_task": "end_tasks"}
+PROBES = {"cloze": "cloze", "lm_eval": "lm_eval", "end_task": "end_tasks"}
+#: The score in the entries of those that are means over examples.
+EXAMPLES = {"cloze": "accuracy", "lm_eval": "score"}
 #: The figures of `summarize`, for people.
 FIGURES = {
     "average": "average over learned domains",
@@ -144,6 +147,7 @@ class _Stage(_Part):
     intervals: dict[str, dict[str, Interval]] = {}
     pseudo: Scores = {}
     cloze: dict[str, Entry] = {}
+    lm_eval: dict[str, Entry] = {}
     end_tasks: dict[str, Entry] = {}
     step: int = 0
     seconds: float | None = None
@@ -201,14 +205,15 @@ class Results:
 
     @property
     def measures(self) -> list[str]:
-        """What is measured of every stage: `loss`, `accuracy` or `r2` of the domains, `cloze`, `end_task`."""
+        """What is measured of every stage: `loss`, `accuracy` or `r2` of the domains, `cloze`, `lm_eval`,
+        `end_task`."""
         scores = next(iter(self.stages[0]["scores"].values())) if self.stages else ("loss", "accuracy")
         probes = [measure for measure, key in PROBES.items() if self.stages and all(key in s for s in self.stages)]
         return [measure for measure in MEASURES if measure in scores or measure in probes]
 
     def columns(self, measure: str = "loss") -> dict[str, int | None]:
-        """What a measure is taken of -> the stage in which it is learned: the domains; or sets of questions, or
-        end-tasks, which belong to the domain that their name says (`bio`, `bio.chemprot`)."""
+        """What a measure is taken of -> the stage in which it is learned: the domains; or sets of questions,
+        tasks of lm-eval, or end-tasks, which belong to the domain that their name says (`bio`, `bio.chemprot`)."""
         if measure not in PROBES:
             return self.domains
         return {name: self.domains.get(name.split(".")[0]) for name in self.stages[0][PROBES[measure]]}
@@ -217,8 +222,9 @@ class Results:
         """Scores, shape [1 + stages, columns]; of an end-task, macro F1, the mean over seeds."""
         if measure == "end_task":
             return np.array([[np.mean(task["macro_f1"]) for task in s["end_tasks"].values()] for s in self.stages])
-        if measure == "cloze":
-            return np.array([[questions["accuracy"] for questions in s["cloze"].values()] for s in self.stages])
+        if measure in EXAMPLES:
+            key = EXAMPLES[measure]
+            return np.array([[entry[key] for entry in s[PROBES[measure]].values()] for s in self.stages])
         return np.array([[stage["scores"][domain][measure] for domain in self.domains] for stage in self.stages])
 
     def summary(self) -> dict[str, dict[str, Any]]:
@@ -263,7 +269,7 @@ class Results:
         Intervals of the scores of a measure and of its figures, by the paired bootstrap.
 
         Args:
-            measure: a ratio of sums: `loss`, `bits_per_byte`, `accuracy`, `cloze`.
+            measure: a ratio of sums: `loss`, `bits_per_byte`, `accuracy`, `cloze`, `lm_eval`.
             sums: per stage, column -> numerators and denominators of its score, each [documents].
         """
         columns = self.columns(measure)
@@ -272,8 +278,8 @@ class Results:
         )  # [1 + stages, columns, resamples]
         for stage, row in zip(self.stages, ratios, strict=True):
             for name, values in zip(columns, row, strict=True):
-                if measure == "cloze":
-                    stage["cloze"][name]["interval"] = interval(values)
+                if measure in EXAMPLES:
+                    stage[PROBES[measure]][name]["interval"] = interval(values)
                 else:
                     stage.setdefault("intervals", {}).setdefault(name, {})[measure] = interval(values)
         figures = summarize(ratios, list(columns.values()), lower_is_better=measure in LOWER_IS_BETTER)

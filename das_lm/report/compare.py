@@ -355,7 +355,8 @@ def compare(runs: Sequence[Path | str], reference: str | None = None, measure: s
             or a classic benchmark. Of the latter, what was run to choose something on development data is left out.
         reference: the method, or the curve of it, that others are compared with at equal gain; `naive` by default.
             Of a method with several curves, the longest.
-        measure: what gain, drift and forgetting are taken of: `"loss"`, `"accuracy"`, `"r2"`, `"cloze"`, `"end_task"`.
+        measure: what gain, drift and forgetting are taken of: `"loss"`, `"accuracy"`, `"r2"`, `"cloze"`,
+            `"lm_eval"`, `"end_task"`.
 
     Raises:
         UserError: nothing to compare, runs that cannot be compared, or an unknown measure or reference.

@@ -71,7 +71,7 @@ def _with_interval(stage: Mapping[str, Any], column: str, value: float, measure:
         half = Estimate.of(stage["end_tasks"][column]["macro_f1"]).half
         return text if half is None else f"{text} ± {score(half, measure)}"
     if measure in PROBES:
-        ends = stage["cloze"][column].get("interval")
+        ends = stage[PROBES[measure]][column].get("interval")
     else:
         ends = stage.get("intervals", {}).get(column, {}).get(measure)
     return f"{text} {between(ends, score, measure)}" if ends else text

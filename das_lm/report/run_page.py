@@ -344,6 +344,14 @@ def _further_tables(results: Results) -> dict[str, Rows]:
         for name, one in stages[-1]["cloze"].items():
             rows.append([name, f"{one['asked']:,}", f"{one['candidates']:.1f}", _reasons(one["skipped"])])
         tables["Cloze questions"] = rows
+    if "lm_eval" in results.measures:
+        rows = [["lm-eval", "score", "examples", "tasks", "in the prompt", "guessing", "all scores at the end"]]
+        for name, one in stages[-1]["lm_eval"].items():
+            guess = "–" if one["chance"] is None else score(one["chance"], "lm_eval")
+            means = ", ".join(f"{metric} {score(value, 'lm_eval')}" for metric, value in one["metrics"].items())
+            shots = "as the task says" if one["num_fewshot"] is None else str(one["num_fewshot"])
+            rows.append([name, one["metric"], f"{one['examples']:,}", f"{one['tasks']:,}", shots, guess, means])
+        tables["Tasks of lm-eval"] = rows
     if "end_task" in results.measures:
         rows = [["end-task", "classes", "training", "test", "seeds", "accuracy at the end", "micro F1 at the end"]]
         for name, one in stages[-1]["end_tasks"].items():

@@ -1,10 +1,10 @@
-"""What checkpoints know and what they lost: held-out text, cloze questions, end-tasks; nothing is measured twice."""
+"""What checkpoints know and what they lost: held-out text, questions, end-tasks; nothing is measured twice."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from accelerate.utils import broadcast_object_list
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from das_lm.data.blocks import HeldOutWindows, SingleMasks
+from das_lm.data.built_in import MODELS
 from das_lm.data.domains import Domain, text_fingerprint
 from das_lm.errors import UserError
 from das_lm.files import broken_file
@@ -24,6 +25,7 @@ from das_lm.measure.cache import Cache, fingerprint, model_fingerprint
 from das_lm.measure.cloze import Questions, cloze_accuracy, load_questions
 from das_lm.measure.drift import check_drifts, drift_table, drifts
 from das_lm.measure.end_task import EndTaskConfig, TaskData, fine_tune, load_task
+from das_lm.measure.harness import Harness, HarnessConfig
 from das_lm.measure.held_out import HeldOut
 from das_lm.measure.results import FILE_NAME, PAGE_NAME, Results
 from das_lm.model.adapters import base_of
@@ -52,6 +54,8 @@ class Probes:
 
     Args:
         cloze: name -> source of questions, see `load_questions`.
+        lm_eval: name -> task of lm-eval, which asks causal models.
+        harness: how those are asked.
         end_tasks: name -> source of labelled text, see `load_task`.
         end_task: how classifiers are fine-tuned.
         pseudo_perplexity: documents of every domain whose tokens are masked one at a time; a forward pass per token.
@@ -59,6 +63,8 @@ class Probes:
     """
 
     cloze: Mapping[str, str] = field(default_factory=dict)
+    lm_eval: Mapping[str, str] = field(default_factory=dict)
+    harness: HarnessConfig = field(default_factory=HarnessConfig)
     end_tasks: Mapping[str, str] = field(default_factory=dict)
     end_task: EndTaskConfig = field(default_factory=EndTaskConfig)
     pseudo_perplexity: int = 0
@@ -179,7 +185,7 @@ def evaluate_checkpoints(
         "precision": recipe.training_arguments(None, str(output)).precision,
     }
     text = {domain.name: domain.load(measure_only=True).held_out for domain in entries}
-    paths = [model_path(recipe) if path == "built-in" else path for path in checkpoints.values()]
+    paths = [str(MODELS.get(path, path)) for path in checkpoints.values()]
     with claimed(output):
         _check_not_anothers(output, results)
         return _evaluate(results, paths, recipe, text, probes or Probes(), output)
@@ -205,17 +211,22 @@ def _evaluate(
     state, console = begin()
     if probes.pseudo_perplexity and any(is_causal(recipe, path) for path in paths):
         raise UserError("pseudo_perplexity: is of masked language models; a causal one has a perplexity of its own")
+    if probes.lm_eval and not all(is_causal(recipe, path) for path in paths):
+        raise UserError("lm_eval: asks causal language models; ask a masked one questions with a blank, with --cloze")
     if unknown := probes.max_drift.keys() - text.keys():
         raise UserError(
             f"max_drift: there is no held-out text of '{min(unknown)}' (there is {', '.join(text)}); give it with "
             f"--domain {min(unknown)}=PATH"
         )
     questions = {name: load_questions(source) for name, source in probes.cloze.items()}
+    harness = Harness(probes.lm_eval, probes.harness) if probes.lm_eval else None
     tasks = {name: load_task(source) for name, source in probes.end_tasks.items()}
     tokenizers = [load_tokenizer(path, recipe) for path in paths]
     remembered = _Remembered(Cache(output / CACHE_NAME), state)
-    held_out, rights, words = [], [], None
-    per_stage = len(text) * (2 if probes.pseudo_perplexity else 1) + len(questions) + len(tasks)
+    held_out, words = [], None
+    answers: dict[str, list[dict[str, np.ndarray]]] = {"cloze": [], "lm_eval": []}
+    per_stage = len(text) * (2 if probes.pseudo_perplexity else 1)
+    per_stage += len(questions) + len(probes.lm_eval) + len(tasks)
     bar = Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -238,14 +249,18 @@ def _evaluate(
                 stage["pseudo"] = {
                     name: model.pseudo_perplexity(name, one, probes.pseudo_perplexity) for name, one in windows.items()
                 }
-            asked = {name: model.cloze(name, one) for name, one in questions.items()}
-            rights.append({name: tensors["right"].numpy() for name, (tensors, _) in asked.items()})
-            if asked:
-                stage.setdefault("cloze", {}).update({name: facts for name, (_, facts) in asked.items()})
+            asked = {
+                "cloze": {name: model.cloze(name, one) for name, one in questions.items()},
+                "lm_eval": {name: model.lm_eval(name, harness) for name in probes.lm_eval},
+            }
+            for measure, found in asked.items():
+                answers[measure].append({name: tensors["right"].numpy() for name, (tensors, _) in found.items()})
+                if found:
+                    stage.setdefault(measure, {}).update({name: facts for name, (_, facts) in found.items()})
             if tasks:
                 tuned = {name: model.end_task(name, task, probes.end_task) for name, task in tasks.items()}
                 stage.setdefault("end_tasks", {}).update(tuned)
-    _add_intervals(results, held_out, rights)
+    _add_intervals(results, held_out, answers)
     if state.is_main_process:
         results.save(output)
     console.print(*results.tables(), sep="\n")
@@ -300,6 +315,20 @@ class _Model:
 
         return self._get(f"questions {name}", fingerprint("cloze", self.name, questions), measure)
 
+    def lm_eval(self, name: str, harness: Harness) -> Measurement:
+        """How well it does a task of lm-eval."""
+        batch_size = self.trainer.args.per_device_eval_batch_size
+
+        def measure() -> Measurement:
+            found = harness.ask(name, self.trainer.model, self.tokenizer, batch_size)
+            return {"right": torch.from_numpy(found.scores)}, found.measures()
+
+        tensors, facts = self._get(
+            f"lm-eval {name}", fingerprint("lm_eval", self.name, harness.identity(name)), measure
+        )
+        asked = {key: value for key, value in asdict(harness.config).items() if key != "include_path"}
+        return tensors, {**facts, **asked, "task": harness.tasks[name], "version": harness.version}
+
     def end_task(self, name: str, task: TaskData, config: EndTaskConfig) -> dict[str, Any]:
         """How well it can be fine-tuned."""
 
@@ -344,15 +373,19 @@ class _Remembered:
         return found
 
 
-def _add_intervals(results: Results, held_out: list[dict[str, HeldOut]], rights: list[dict[str, np.ndarray]]) -> None:
+def _add_intervals(
+    results: Results, held_out: list[dict[str, HeldOut]], answers: Mapping[str, list[dict[str, np.ndarray]]]
+) -> None:
     """Of what was measured of the same documents, or questions, at every stage."""
     if len({tuple((name, len(one.tokens)) for name, one in stage.items()) for stage in held_out}) == 1:
         results.add_held_out_intervals(held_out)
-    if any(rights):
-        results.intervals.pop("cloze", None)
+    for measure, rights in answers.items():
+        if not any(rights):
+            continue
+        results.intervals.pop(measure, None)
         asked = {tuple((name, len(right)) for name, right in stage.items()) for stage in rights}
-        if len(asked) == 1 and {name for name, _ in asked.pop()} == set(results.columns("cloze")):
+        if len(asked) == 1 and {name for name, _ in asked.pop()} == set(results.columns(measure)):
             sums = [{name: (right, np.ones(len(right))) for name, right in stage.items()} for stage in rights]
-            results.add_intervals("cloze", sums)
+            results.add_intervals(measure, sums)
     if "end_task" in results.measures:
         results.add_end_task_intervals()

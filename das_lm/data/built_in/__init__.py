@@ -11,10 +11,12 @@ DOMAINS: tuple[str, ...] = ("general", "bio", "cs")
 SPLITS: tuple[str, ...] = ("train", "held_out")
 BASE_MODEL: Path = Path(__file__).parent / "base_model"
 CAUSAL_MODEL: Path = Path(__file__).parent / "causal_model"
+#: The questions as tasks of lm-eval: `das_lm_general`, `das_lm_bio`, `das_lm_cs`.
+HARNESS_TASKS: Path = Path(__file__).parent / "harness"
 #: What they are called where a model is named.
 MODELS: dict[str, Path] = {"built-in": BASE_MODEL, "built-in-causal": CAUSAL_MODEL}
 
-__all__ = ["BASE_MODEL", "CAUSAL_MODEL", "DOMAINS", "MODELS", "SPLITS", "cloze", "documents"]
+__all__ = ["BASE_MODEL", "CAUSAL_MODEL", "DOMAINS", "HARNESS_TASKS", "MODELS", "SPLITS", "cloze", "documents"]
 
 
 def documents(domain: str, split: str) -> list[dict]:

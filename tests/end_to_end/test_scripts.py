@@ -87,14 +87,23 @@ def test_the_other_benchmarks(what, lines, monkeypatch, capsys):
     assert len(printed) == lines and ("loop / per example" if lines == 3 else "MB/s") in printed[-1]
 
 
-def test_the_published_runs_of_a_real_decoder_are_printed_and_drawn_again(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("folder", "run", "words"),
+    [
+        ("", "self λ2 @7e-5", "by {} % of what plain training does at the same gain"),
+        ("lora", "self λ2 @7e-4", "with LoRA by {} %"),
+    ],
+)
+def test_the_published_runs_of_a_real_decoder_are_printed_and_drawn_again(
+    folder, run, words, tmp_path, monkeypatch, capsys
+):
     """Plain training's frontier, and what the anchor drifts beside it, as the README says on its first screen."""
     runs = tmp_path / "runs.json"
-    shutil.copy(ROOT / "scripts" / "measured" / "smollm2" / "runs.json", runs)
+    shutil.copy(ROOT / "scripts" / "measured" / "smollm2" / folder / "runs.json", runs)
     monkeypatch.setattr(sys, "argv", ["gain_and_drift.py", "--kept", str(runs)])
     load_script("gain_and_drift").main()
-    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("self λ2 @7e-5")]
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(run)]
     parts = [re.search(r"(\d+)% *$", row)[1] for row in rows]
     readme = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Two commands")[0]
-    assert f"by {parts[0]} % of what plain training does at the same gain" in " ".join(readme.split())
+    assert words.format(parts[0]) in " ".join(readme.split())
     assert (tmp_path / "frontier.svg").read_text(encoding="utf-8").rstrip().endswith("</svg>")

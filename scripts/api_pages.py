@@ -37,7 +37,7 @@ def broken_links(directory: Path) -> list[str]:
 
 
 def unlink_undocumented(directory: Path) -> None:
-    """Attributes that a class inherits, and that the library they are from documents nowhere: text in place of links."""
+    """Attributes that a class inherits from a library that documents them nowhere: text in place of links."""
     for page in directory.rglob("*.html"):
         text = page.read_text(encoding="utf-8")
         anchors = set(ANCHOR.findall(text))

@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from das_lm.data.built_in import HARNESS_TASKS
 from das_lm.errors import UserError, as_user_error, did_you_mean
 
 if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 #: The score of a task: the first of these that it has; of others, the first that it declares.
@@ -90,14 +92,13 @@ class Harness:
         if find_spec("lm_eval") is None:
             raise UserError("lm_eval: needs the package lm-eval; pip install 'das-lm[lm_eval]'")
         from lm_eval import __version__ as version
-        from lm_eval.tasks import TaskManager
 
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         if config.include_path is not None and not Path(config.include_path).is_dir():
             raise UserError(f"include_path: there is no directory {config.include_path}")
         included = [path for path in (str(HARNESS_TASKS), config.include_path) if path]
         with as_user_error(f"include_path: tasks in {', '.join(included)} cannot be read"):
-            self.manager = TaskManager(include_path=included)
+            self.manager = _manager(*included)
         self.tasks, self.config, self.version = dict(tasks), config, version
         self._loaded: dict[str, dict[str, Any]] = {}
         for task in dict.fromkeys(tasks.values()):
@@ -156,6 +157,14 @@ class Harness:
         model.train(was_training)
         (samples,) = broadcast_object_list([found["samples"] if found else None])
         return _answers(task, samples)
+
+
+@cache
+def _manager(*included: str) -> TaskManager:
+    """What tasks there are; it reads thousands of files."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=[*included])
 
 
 def _answers(task: str, samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> Answers:

@@ -3,9 +3,12 @@ compare models by, with the answer to every example, so that the intervals are p
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import io
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -18,12 +21,13 @@ from accelerate.utils import broadcast_object_list
 
 from das_lm.data.built_in import HARNESS_TASKS
 from das_lm.errors import UserError, as_user_error, did_you_mean
+from das_lm.terminal import is_watched
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-#: The score of a task: the first of these that it has; of others, the first that it declares.
+#: The score of a task: the first of these that it has; of others, the first that is better when higher.
 PREFERRED = ("acc_norm", "acc", "exact_match")
 
 
@@ -100,21 +104,21 @@ class Harness:
         with as_user_error(f"include_path: tasks in {', '.join(included)} cannot be read"):
             self.manager = _manager(*included)
         self.tasks, self.config, self.version = dict(tasks), config, version
-        self._loaded: dict[str, dict[str, Any]] = {}
+        self._identities: dict[str, str] = {}
         for task in dict.fromkeys(tasks.values()):
             if task not in self.manager.all_tasks:
                 raise UserError(f"lm_eval: there is no task '{task}'.{did_you_mean(task, self.manager.all_tasks)}")
             with as_user_error(f"lm_eval: the task '{task}' cannot be loaded"):
-                self._loaded[task] = dict(self.manager.load([task])["tasks"])
+                loaded = self.manager.load([task])["tasks"]
+                asked = {
+                    name: [one.dump_config(), list(one.eval_docs)[: config.limit]] for name, one in loaded.items()
+                }
+            how = [config.limit, config.num_fewshot, config.apply_chat_template, self.version]
+            self._identities[task] = json.dumps([asked, how], default=_readable, sort_keys=True)
 
     def identity(self, name: str) -> str:
         """What decides a score beside the model: the examples, how they are asked, and the version of lm-eval."""
-        asked = {
-            task: [one.dump_config(), list(one.eval_docs)[: self.config.limit]]
-            for task, one in self._loaded[self.tasks[name]].items()
-        }
-        config = [self.config.limit, self.config.num_fewshot, self.config.apply_chat_template, self.version]
-        return json.dumps([asked, config], default=_readable, sort_keys=True)
+        return self._identities[self.tasks[name]]
 
     def ask(self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Answers:
         """
@@ -133,12 +137,14 @@ class Harness:
         from lm_eval.models.huggingface import HFLM
 
         task, was_training = self.tasks[name], model.training
-        asked = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
+        own = copy.deepcopy(tokenizer)  # it gets a padding token where it has none
+        asked = HFLM(pretrained=model, tokenizer=own, backend="causal", batch_size=batch_size)
         accelerator = Accelerator(cpu=model.device.type == "cpu")
         if accelerator.num_processes > 1:  # it shares out only models that it has loaded itself
             asked.accelerator, asked._rank = accelerator, accelerator.process_index
             asked._world_size = accelerator.num_processes
-        with as_user_error(f"lm_eval: the task '{task}' cannot be asked"):
+        watched = contextlib.nullcontext() if is_watched() else contextlib.redirect_stderr(io.StringIO())
+        with as_user_error(f"lm_eval: the task '{task}' cannot be asked"), watched:  # no bars in files
             loaded = self.manager.load([task])  # afresh: what is asked is kept in it
             for one in loaded["tasks"].values():
                 if self.config.num_fewshot is not None and one.get_config("num_fewshot") != 0:
@@ -156,7 +162,8 @@ class Harness:
             )
         model.train(was_training)
         (samples,) = broadcast_object_list([found["samples"] if found else None])
-        return _answers(task, samples)
+        worse = {key for one in loaded["tasks"].values() for key, up in one.higher_is_better().items() if up is False}
+        return _answers(task, samples, worse)
 
 
 @cache
@@ -167,16 +174,18 @@ def _manager(*included: str) -> TaskManager:
     return TaskManager(include_path=[*included])
 
 
-def _answers(task: str, samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> Answers:
-    """From what lm-eval logs of every example of every task; of several filters, the first counts."""
+def _answers(task: str, samples: Mapping[str, Sequence[Mapping[str, Any]]], worse: Collection[str] = ()) -> Answers:
+    """From what lm-eval logs of every example of every task; of several filters, the first counts, and no score of
+    `worse`, which are better when lower."""
     rows: list[Mapping[str, Any]] = []
     for name in sorted(samples):
         first = samples[name][0]["filter"]
         rows += sorted((one for one in samples[name] if one["filter"] == first), key=lambda one: one["doc_id"])
-    shared = [metric for metric in rows[0]["metrics"] if all(_is_score(one.get(metric)) for one in rows)]
+    declared = [metric for metric in rows[0]["metrics"] if metric not in worse]
+    shared = [metric for metric in declared if all(_is_score(one.get(metric)) for one in rows)]
     if not shared:
         raise UserError(
-            f"lm_eval: the task '{task}' has no score from 0 to 1 of every example "
+            f"lm_eval: the task '{task}' has no score from 0 to 1 of every example, the higher the better "
             f"(it has {', '.join(rows[0]['metrics'])}); choose one with an accuracy or an exact match"
         )
     metric = next((one for one in PREFERRED if one in shared), shared[0])

@@ -202,8 +202,7 @@ def _figures(results: Results) -> list[list[str]]:
 def _limits(results: Results) -> list[str]:
     """What the numbers do not say."""
     others = {"cloze": "questions with blanks", "end_tasks": "end-tasks"}
-    asked = [f"{name} (lm-eval)" for name in results.stages[-1].get("lm_eval", {})]
-    measured = [words for key, words in others.items() if key in results.stages[-1]] + asked
+    measured = [words for key, words in others.items() if key in results.stages[-1]]
     missing = [words for key, words in others.items() if key not in results.stages[-1]]
     seed = results.run["recipe"].get("training", {}).get("seed", 42)
     tokens = "tokens" if results.causal else "masked tokens"

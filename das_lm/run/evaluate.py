@@ -213,6 +213,10 @@ def _evaluate(
         raise UserError("pseudo_perplexity: is of masked language models; a causal one has a perplexity of its own")
     if probes.lm_eval and not all(is_causal(recipe, path) for path in paths):
         raise UserError("lm_eval: asks causal language models; ask a masked one questions with a blank, with --cloze")
+    if probes.lm_eval and probes.harness.apply_chat_template:
+        for name, path in zip((stage["name"] for stage in results.stages), paths, strict=True):
+            if load_tokenizer(path, recipe).chat_template is None:
+                raise UserError(f"apply_chat_template: the tokenizer of '{name}' has no chat template; leave it out")
     if unknown := probes.max_drift.keys() - text.keys():
         raise UserError(
             f"max_drift: there is no held-out text of '{min(unknown)}' (there is {', '.join(text)}); give it with "

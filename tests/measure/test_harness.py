@@ -51,7 +51,8 @@ def test_matrix_intervals_report_and_cache(tmp_path, monkeypatch, causal, capsys
     options = ["--lm_eval", "das_lm_general,bio.facts=das_lm_bio", "--limit", str(LIMIT), "--num_fewshot", "0"]
     more = (f"bio={tmp_path}/worse",)
     assert _evaluate(tmp_path / "out", *options, more=more) == 0
-    assert "Lm-eval score" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "Lm-eval score" in printed.out and "loglikelihood" not in printed.err  # no bars where nobody looks
     results = Results.load(tmp_path / "out")
     assert results.columns("lm_eval") == {"das_lm_general": None, "bio.facts": 1}
     entry = results.stages[1]["lm_eval"]["das_lm_general"]
@@ -111,6 +112,7 @@ def test_examples_stand_in_one_order_and_scores_are_bounded():
         "acc",
         "acc_norm",
     }
+    assert _answers("t", {"a": [logged(0, brier_score=0.2, f1=0.6)]}, {"brier_score"}).metric == "f1"
     with pytest.raises(UserError, match="no score from 0 to 1"):
         _answers("t", {"a": [logged(0, word_perplexity=(-3.0, 4))]})
 
@@ -126,6 +128,7 @@ def test_examples_stand_in_one_order_and_scores_are_bounded():
         ),
         (["--limit", "3"], "built-in-causal", "--limit: is of lm-eval; name its tasks with --lm_eval"),
         (["--lm_eval", "das_lm_bio", "--include_path", "nowhere"], "built-in-causal", "there is no directory nowhere"),
+        (["--lm_eval", "das_lm_bio", "--apply_chat_template", "true"], "built-in-causal", "has no chat template"),
         (["--lm_eval", "hellaswag"], "built-in-causal", "lm_eval: the task 'hellaswag' cannot be loaded"),
         (["--lm_eval", "das_lm_bio"], "built-in", "lm_eval: asks causal language models"),
     ],

@@ -52,9 +52,11 @@ def _imports_are_no_garbage():
 
 @pytest.fixture(autouse=True)
 def _environment_as_it_was():
-    """`TrainingArguments(torch_compile=True)` asks for compilation through the environment, for all that follows."""
-    before = {name for name in os.environ if name.startswith("ACCELERATE_")}
+    """`TrainingArguments(torch_compile=True)` asks for compilation through the environment, for all that follows; and
+    `datasets.Dataset.map` in several processes leaves a copy in place of `os.environ`, which rich does not read."""
+    environment, before = os.environ, {name for name in os.environ if name.startswith("ACCELERATE_")}
     yield
+    os.environ = environment  # noqa: B003 (the very object that was there)
     for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
         if name not in before:
             del os.environ[name]
